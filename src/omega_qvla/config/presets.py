@@ -1,0 +1,111 @@
+"""The recipes that have a name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from omega_qvla.config.recipe import (
+    ActivationScheme,
+    Recipe,
+    Rotation,
+    Scheme,
+    SideRecipe,
+    Smoothing,
+    WeightScheme,
+    load_yaml,
+)
+from omega_qvla.errors import RecipeError
+
+
+def _both(name: str, scheme: Scheme) -> Recipe:
+    return Recipe(name, backbone=SideRecipe(scheme), action_head=SideRecipe(scheme))
+
+
+def _omega_scheme(activation: ActivationScheme) -> Scheme:
+    return Scheme(
+        rotation=Rotation("hadamard", block=64),
+        weight=WeightScheme(method="gptq", grid="fine"),
+        activation=activation,
+        smoothing=Smoothing(alpha=0.5, robust=True),
+    )
+
+
+def omega() -> Recipe:
+    """The default: everything runs on integers.
+
+    Robust smoothing, Hadamard blocks, full GPTQ per row, dynamic scales per token and group.
+    """
+    return _both("omega", _omega_scheme(ActivationScheme("per_token_group", group=64, clip=0.95)))
+
+
+def w4a8() -> Recipe:
+    """`omega` with 8-bit activations."""
+    return _both("w4a8", _omega_scheme(ActivationScheme("per_token_group", bits=8, group=64)))
+
+
+def w4a16() -> Recipe:
+    """4-bit weights only: Hadamard blocks and full GPTQ, activations left alone."""
+    scheme = Scheme(
+        rotation=Rotation("hadamard", block=64), weight=WeightScheme(method="gptq", grid="fine")
+    )
+    return _both("w4a16", scheme)
+
+
+def rtn() -> Recipe:
+    """Naive W4A4: absmax weights per row, absmax activations per token, nothing else."""
+    scheme = Scheme(
+        weight=WeightScheme(method="rtn", grid="max"), activation=ActivationScheme("per_token")
+    )
+    return _both("rtn", scheme)
+
+
+def omega_paper() -> Recipe:
+    """The recipe as Omega-QVLA published it; its per-channel scales are emulated only."""
+    rotation = Rotation("svd_hadamard", block=64)
+    activation = ActivationScheme("per_step_channel", percentile=99.9)
+    backbone = Scheme(
+        rotation=rotation,
+        weight=WeightScheme(group=128, method="gptq_block", grid="paper", damp=0.05, block=128),
+        activation=activation,
+    )
+    action_head = Scheme(
+        rotation=rotation,
+        weight=WeightScheme(group=128, method="rtn", grid="paper", rank=0),
+        activation=activation,
+        permutation=True,
+        output_rotation=True,
+    )
+    return Recipe("omega-paper", SideRecipe(backbone), SideRecipe(action_head))
+
+
+PRESETS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {
+        "omega": omega,
+        "omega-paper": omega_paper,
+        "rtn": rtn,
+        "w4a16": w4a16,
+        "w4a8": w4a8,
+    }
+)
+
+
+def preset(name: str) -> Recipe:
+    """The preset called `name`. Raises RecipeError naming those there are."""
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def resolve_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
+    """A preset by name, or a recipe from a YAML file. Raises RecipeError."""
+    name = os.fspath(name_or_path)
+    if name in PRESETS:
+        return PRESETS[name]()
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return load_yaml(name)
+    raise RecipeError(
+        f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a YAML file"
+    )

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omega_qvla.config import (
+    PRESETS,
+    ActivationScheme,
+    Recipe,
+    Rotation,
+    Scheme,
+    SideRecipe,
+    WeightScheme,
+    preset,
+    resolve_recipe,
+)
+from omega_qvla.config.recipe import dump_yaml, load_yaml
+from omega_qvla.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_bundled_yaml_equals_preset(name: str) -> None:
+    assert load_yaml(RECIPES / f"{name}.yaml") == preset(name)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_round_trips(name: str, tmp_path: Path) -> None:
+    recipe = preset(name)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    dump_yaml(recipe, tmp_path / "r.yaml")
+    assert resolve_recipe(tmp_path / "r.yaml") == recipe
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_overrides_round_trip_and_first_match_wins() -> None:
+    special, other = Scheme(Rotation("svd")), Scheme(Rotation("hadamard"))
+    side = SideRecipe(Scheme(), overrides=((r"down_proj$", special), (r"proj", other)))
+    recipe = Recipe("mine", side, None)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert side.scheme_for("layers.0.mlp.down_proj") is special
+    assert side.scheme_for("layers.0.q_proj") is other
+    assert side.scheme_for("fc") is side.scheme
+
+
+def test_native() -> None:
+    assert [name for name in PRESETS if preset(name).backbone.scheme.native] == [  # type: ignore[union-attr]
+        "omega",
+        "rtn",
+        "w4a8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 4}, "unknown key bits"),
+        ({"version": 2}, "version 2"),
+        ({"allow_protected": 1}, "recipe.allow_protected: expected bool"),
+        ({"backbone": {"scheme": {"rotation": {"knd": "svd"}}}}, "recipe.backbone.scheme.rotation"),
+        ({"backbone": {"scheme": {"rotation": {"kind": "dct"}}}}, "'dct' is unknown"),
+        ({"backbone": {"scheme": {"weight": {"bits": True}}}}, "expected int"),
+        ({"backbone": {"scheme": {}, "include": "("}}, "bad regular expression"),
+        ({"backbone": {}}, "missing scheme"),
+        ({"backbone": []}, "expected a mapping"),
+        ({"backbone": {"scheme": {}, "overrides": [["a"]]}}, "expected 2 entries"),
+    ],
+)
+def test_from_dict_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(preset("omega").to_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (Rotation, {"block": 48}),
+        (Rotation, {"block": 0}),
+        (WeightScheme, {"bits": 8}),
+        (WeightScheme, {"group": 0}),
+        (WeightScheme, {"damp": 0.0}),
+        (WeightScheme, {"rank": -1}),
+        (ActivationScheme, {"bits": 3}),
+        (ActivationScheme, {"clip": 0.0}),
+        (ActivationScheme, {"percentile": 101.0}),
+    ],
+)
+def test_impossible_values_are_refused(cls: type, values: dict[str, object]) -> None:
+    with pytest.raises(RecipeError):
+        cls(**values)
+
+
+def test_unknown_recipe_names_the_presets(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="omega-paper"):
+        resolve_recipe("omgea")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        resolve_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(RecipeError, match=r"none\.yaml"):
+        resolve_recipe(tmp_path / "none.yaml")
+
+
+def test_frozen_and_without_torch() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("rtn").name = "other"  # type: ignore[misc]
+    code = "import sys, omega_qvla.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
