@@ -12,8 +12,7 @@ from .weights import make_weight, make_weights
 @pytest.mark.cases("pi05")
 def test_rebuilt_weights_pass_the_recorded_checks(case: Case) -> None:
     weights = case.weights()
-    assert set(weights) == set(case.meta["weights"])
-    assert sum(w.numel() for w in weights.values()) == case.meta["num_params"]
+    assert set(weights) == set(case.meta["weights"]) >= set(case.meta["weight_checks"])
 
 
 def test_a_wrong_salt_is_noticed() -> None:
