@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from omega_qvla.errors import ConfigError, ObservationError
 
@@ -71,9 +71,9 @@ class SiglipEmbeddings(nn.Module):
         size, side = self.patch_size, pixel_values.shape[-1] // self.patch_size
         weight = self.patch_embedding.weight
         pixels = pixel_values[..., : side * size, : side * size].to(weight.dtype)
-        patches = pixels.unflatten(3, (side, size)).unflatten(2, (side, size))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
-        tokens = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
+        grid = pixels.reshape(len(pixels), 3, side, size, side, size)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
+        tokens: Tensor = linear(patches, weight.flatten(1), self.patch_embedding.bias)
         return tokens + self.position_embedding.weight
 
 
@@ -90,12 +90,13 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class SiglipMlp(nn.Module):
@@ -107,7 +108,8 @@ class SiglipMlp(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class SiglipLayer(nn.Module):
@@ -122,7 +124,8 @@ class SiglipLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class SiglipEncoder(nn.Module):
@@ -168,4 +171,5 @@ class SiglipVisionModel(nn.Module):
                 f"{list(pixel_values.shape)}: resize them to the model's image_size"
             )
         tokens = self.embeddings(pixel_values).to(self.post_layernorm.weight.dtype)
-        return self.post_layernorm(self.encoder(tokens))
+        features: Tensor = self.post_layernorm(self.encoder(tokens))
+        return features

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from omega_qvla.policies.pi05.config import GemmaConfig
 
@@ -95,22 +95,27 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rope: Rope) -> Tensor:
         """x [B, S, width] -> [B, kv_heads, group * S, head_dim]."""
-        q = rope.rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
-        q = q.unflatten(2, (self.kv_heads, -1))
+        batch, length = x.shape[:2]
+        q = rope.rotate(self.q_proj(x).view(batch, length, -1, self.head_dim))
+        q = q.view(batch, length, self.kv_heads, -1, self.head_dim)
         return q.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """x [B, S, width] -> K after RoPE and V, [B, kv_heads, S, head_dim] each."""
-        k = rope.rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        heads = (*x.shape[:2], self.kv_heads, self.head_dim)
+        k = rope.rotate(self.k_proj(x).view(heads))
+        v: Tensor = self.v_proj(x).view(heads)
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def output(self, attended: Tensor, length: int) -> Tensor:
         """[B, kv_heads, group * length, head_dim] -> [B, length, width]."""
-        heads = attended.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
-        return self.o_proj(heads.flatten(2))
+        heads = attended.reshape(len(attended), self.kv_heads, -1, length, self.head_dim)
+        out: Tensor = self.o_proj(heads.permute(0, 3, 1, 2, 4).flatten(2))
+        return out
 
-    def attend_prefix(self, x: Tensor, k: Tensor, v: Tensor, rope: Rope, bias: Tensor | None):
+    def attend_prefix(
+        self, x: Tensor, k: Tensor, v: Tensor, rope: Rope, bias: Tensor | None
+    ) -> Tensor:
         """Bidirectional self-attention of the prefix x [B, S, width] over its own k, v.
 
         bias: None, or additive [B, 1, 1, S] that masks padded keys.
@@ -118,8 +123,8 @@ class Attention(nn.Module):
         q = self.queries(x, rope)
         if bias is not None:
             bias = bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.output(out, x.shape[1])
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.output(attended, x.shape[1])
 
     def attend_suffix(
         self, x: Tensor, cache: tuple[Tensor, Tensor], rope: Rope, bias: Tensor | None
@@ -133,17 +138,27 @@ class Attention(nn.Module):
         q = self.queries(x, rope) * self.scale
         own_k, own_v = self.keys_values(x, rope)
         cached_k, cached_v = cache
-        count, size = len(cached_k), cached_k.shape[2]
-        folded = q.unflatten(0, (count, -1)).transpose(1, 2).flatten(2, 3)
-        old = (folded @ cached_k.mT).float()
+        count, rows = len(cached_k), q.shape[2]
+        old = (_fold(q, count) @ cached_k.mT).float()
         if bias is not None:
             old = old + bias
-        old = old.unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
-        scores = torch.cat((old, (q @ own_k.mT).float()), dim=-1)
-        p_old, p_own = scores.softmax(-1).to(x.dtype).split((size, own_k.shape[2]), dim=-1)
-        p_old = p_old.unflatten(0, (count, -1)).transpose(1, 2).flatten(2, 3)
-        out = (p_old @ cached_v).unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
-        return self.output(out + p_own @ own_v, x.shape[1])
+        scores = torch.cat((_unfold(old, rows), (q @ own_k.mT).float()), dim=-1)
+        probabilities = scores.softmax(-1).to(x.dtype)
+        size = cached_k.shape[2]
+        attended = _unfold(_fold(probabilities[..., :size], count) @ cached_v, rows)
+        return self.output(attended + probabilities[..., size:] @ own_v, x.shape[1])
+
+
+def _fold(x: Tensor, count: int) -> Tensor:
+    """[count*R, kv, rows, d] -> [count, kv, R*rows, d]: the samples of one observation."""
+    _, kv, rows, size = x.shape
+    return x.reshape(count, -1, kv, rows, size).transpose(1, 2).reshape(count, kv, -1, size)
+
+
+def _unfold(x: Tensor, rows: int) -> Tensor:
+    """The inverse of `_fold`."""
+    count, kv, _, size = x.shape
+    return x.reshape(count, kv, -1, rows, size).transpose(1, 2).reshape(-1, kv, rows, size)
 
 
 class Mlp(nn.Module):
@@ -156,7 +171,9 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate: Tensor = gelu(self.gate_proj(x), approximate="tanh")
+        out: Tensor = self.down_proj(gate * self.up_proj(x))
+        return out
 
 
 class PrefixLayer(nn.Module):
@@ -192,8 +209,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, L, width], times sqrt(width)."""
-        x = self.embed_tokens(tokens)
-        return x * x.shape[-1] ** 0.5
+        x: Tensor = self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+        return x
 
     def forward(
         self, x: Tensor, rope: Rope, bias: Tensor | None, *, full: bool = False
@@ -237,7 +254,8 @@ class ExpertLayer(nn.Module):
         before, after = modulations
         attended = self.self_attn.attend_suffix(self.input_layernorm(x, before), cache, rope, bias)
         x = x + attended * before.gate.to(x.dtype)
-        return x + self.mlp(self.post_attention_layernorm(x, after)) * after.gate.to(x.dtype)
+        out: Tensor = self.mlp(self.post_attention_layernorm(x, after))
+        return x + out * after.gate.to(x.dtype)
 
 
 class Expert(nn.Module):
@@ -250,7 +268,10 @@ class Expert(nn.Module):
 
     def modulations(self, cond: Tensor) -> tuple[Modulation, ...]:
         """cond [T, width] -> two modulations per layer, then that of the final norm."""
-        norms = [n for la in self.layers for n in (la.input_layernorm, la.post_attention_layernorm)]
+        norms: list[AdaRMSNorm] = []
+        for layer in self.layers:
+            assert isinstance(layer, ExpertLayer)
+            norms += (layer.input_layernorm, layer.post_attention_layernorm)
         return tuple(norm.modulation(cond) for norm in (*norms, self.norm))
 
     def forward(
@@ -266,4 +287,5 @@ class Expert(nn.Module):
         for i, layer in enumerate(self.layers):
             pair = (modulations[2 * i], modulations[2 * i + 1])
             x = layer(x, (keys[i], values[i]), rope, bias, pair)
-        return self.norm(x, modulations[-1])
+        out: Tensor = self.norm(x, modulations[-1])
+        return out

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from omega_qvla.errors import ConfigError, NumericsError, ObservationError
 from omega_qvla.modules.step_context import denoising_step
@@ -21,7 +21,8 @@ from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.gemma import MASKED, Expert, LanguageModel, Modulation, Rope
 from omega_qvla.policies.siglip import SiglipVisionModel
 
-MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time sinusoid, in units of flow time
+_LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ class Pi05Model(nn.Module):
         The expert reads the last language layer's keys and values, not its output.
         """
         last = f"{_LANGUAGE}.layers.{self.config.vlm.depth - 1}"
-        names = ("self_attn.q_proj", "self_attn.o_proj")
-        names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        names = ["self_attn.q_proj", "self_attn.o_proj"]
+        names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
         return tuple(f"{last}.{name}" for name in names)
 
     def embed_prefix(
@@ -247,7 +248,7 @@ class Pi05Model(nn.Module):
         sinusoid = torch.cat((phase.sin(), phase.cos()), dim=-1)
         weight = self.time_mlp_in.weight
         x = sinusoid.to(torch.float32).to(weight.device, weight.dtype)
-        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(x))))
+        return silu(self.time_mlp_out(silu(self.time_mlp_in(x))))
 
     def conditioning(self, time: Tensor) -> StepConditioning:
         """All modulations for flow times `time` [T]: every step of a grid, or one per sample."""
@@ -277,7 +278,8 @@ class Pi05Model(nn.Module):
         positions = prefix.num_valid.repeat_interleave(prefix.repeats)[:, None] + offsets
         rope = Rope.at(positions, self.config.expert.head_dim, self.compute_dtype)
         x = self.expert(x, prefix.keys, prefix.values, rope, prefix.bias, cond.modulations)
-        return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float()
+        v_t: Tensor = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
+        return v_t.float()
 
     def sample_actions(
         self,
@@ -336,6 +338,3 @@ class Pi05Model(nn.Module):
                     f"{slot}: {len(image)} images and mask {list(mask.shape)} for a batch of "
                     f"{batch}"
                 )
-
-
-_LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
