@@ -1,0 +1,212 @@
+"""The diffusion transformer: AdaLN blocks alternating cross- and self-attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omega_qvla.policies.groot_n15.blocks import Attention, FeedForward, KeyValue
+from omega_qvla.policies.groot_n15.config import TransformerConfig
+from omega_qvla.policies.groot_n15.embodiment import action_time_code
+
+TIME_CHANNELS = 256
+
+
+def timestep_code(buckets: Tensor) -> Tensor:
+    """[cos | sin] of bucket * 10000^(-i / 127), i = 0..127, float32 [N, 256]."""
+    half = TIME_CHANNELS // 2
+    index = torch.arange(half, dtype=torch.float32, device=buckets.device)
+    angles = buckets.float()[:, None] * torch.exp(index * (-math.log(10000.0) / (half - 1)))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(TIME_CHANNELS, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(code)))
+
+
+class TimestepEncoder(nn.Module):
+    """Time buckets [N] to embeddings [N, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(width)
+
+    def forward(self, buckets: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.timestep_embedder(timestep_code(buckets).to(dtype))
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift.
+
+    Args:
+        x: [N, T, D].
+        scale, shift: [N, D], or [1, D] for all (then one fused call).
+    """
+    gain, shift = (1 + scale).to(x.dtype), shift.to(x.dtype)
+    width = (x.shape[-1],)
+    if gain.shape[0] == 1:
+        return F.layer_norm(x, width, gain[0], shift[0], eps)
+    normed = F.layer_norm(x, width, eps=eps)
+    return torch.addcmul(shift[:, None], normed, gain[:, None])
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm (no weights, eps 1e-5) whose scale and shift come from the time embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def modulation(self, activated: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift), in this order, each [N, width], from SiLU(temb) [N, width]."""
+        scale, shift = self.linear(activated).chunk(2, dim=-1)
+        return scale, shift
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return modulated_norm(x, scale, shift, 1e-5)
+
+
+@dataclass(frozen=True)
+class StepConditioning:
+    """All that depends on the denoising time alone, for N times at once.
+
+    Attributes:
+        buckets: int64 [N].
+        tau: [N, width], the action encoder's time code.
+        scales, shifts: [blocks, N, width], of each block's norm1.
+        out_shift, out_scale: [N, width], of proj_out_1.
+    """
+
+    buckets: Tensor
+    tau: Tensor
+    scales: Tensor
+    shifts: Tensor
+    out_shift: Tensor
+    out_scale: Tensor
+
+    def at(self, step: int) -> StepConditioning:
+        """The conditioning of one step (N = 1), which applies to the whole batch."""
+        one = slice(step, step + 1)
+        return StepConditioning(
+            self.buckets[one],
+            self.tau[one],
+            self.scales[:, one],
+            self.shifts[:, one],
+            self.out_shift[one],
+            self.out_scale[one],
+        )
+
+
+class DiTBlock(nn.Module):
+    """Attention to the VL features (`cross`) or among the tokens, then feed-forward."""
+
+    def __init__(self, config: TransformerConfig, cross: bool) -> None:
+        super().__init__()
+        width = config.inner_dim
+        context = (config.cross_attention_dim or width) if cross else width
+        self.cross = cross
+        self.norm1 = AdaLayerNorm(width)
+        self.attn1 = Attention(
+            width, context, config.num_attention_heads, config.attention_head_dim
+        )
+        self.ff = FeedForward(width)
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        key_value: KeyValue | None,
+        mask: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """x [N, T, D] to [N, T, D].
+
+        Args:
+            key_value: keys and values of the VL features (cross blocks only).
+            mask: bool [B, 1, 1, L] over the VL features (cross blocks only).
+            keep: compute only the last `keep` tokens' outputs: [N, keep, D].
+        """
+        if keep is not None and self.cross:
+            x = x[:, -keep:]
+        normed = self.norm1(x, scale, shift)
+        if key_value is None:
+            key_value, mask = self.attn1.key_value(normed), None
+        if keep is not None:
+            x, normed = x[:, -keep:], normed[:, -keep:]
+        x = x + self.attn1(normed, key_value, mask)
+        return x + self.ff(F.layer_norm(x, (x.shape[-1],), eps=1e-5))
+
+
+class DiT(nn.Module):
+    """The whole transformer; even blocks cross-attend, odd ones self-attend."""
+
+    def __init__(self, config: TransformerConfig, output_dim: int) -> None:
+        super().__init__()
+        width = config.inner_dim
+        self.timestep_encoder = TimestepEncoder(width)
+        self.transformer_blocks = nn.ModuleList(
+            DiTBlock(config, cross=not (config.interleave_self_attention and i % 2 == 1))
+            for i in range(config.num_layers)
+        )
+        self.proj_out_1 = nn.Linear(width, 2 * width)
+        self.proj_out_2 = nn.Linear(width, output_dim)
+
+    def conditioning(self, buckets: Tensor) -> StepConditioning:
+        """Time conditioning of buckets [N], for a trajectory's steps or a training batch."""
+        dtype, width = self.proj_out_1.weight.dtype, self.proj_out_1.in_features
+        activated = F.silu(self.timestep_encoder(buckets, dtype))
+        pairs = [block.norm1.modulation(activated) for block in self.transformer_blocks]
+        out_shift, out_scale = self.proj_out_1(activated).chunk(2, dim=-1)
+        return StepConditioning(
+            buckets=buckets,
+            tau=action_time_code(buckets, width).to(dtype),
+            scales=torch.stack([scale for scale, _ in pairs]),
+            shifts=torch.stack([shift for _, shift in pairs]),
+            out_shift=out_shift,
+            out_scale=out_scale,
+        )
+
+    def cross_key_values(self, features: Tensor) -> tuple[KeyValue | None, ...]:
+        """Per block, keys and values of the VL features [B, L, D]; None for self-attention."""
+        return tuple(
+            block.attn1.key_value(features) if block.cross else None
+            for block in self.transformer_blocks
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        key_values: tuple[KeyValue | None, ...],
+        conditioning: StepConditioning,
+        mask: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """tokens [N, T, width] to [N, T or keep, output_dim].
+
+        Args:
+            key_values: from `cross_key_values`; N must be a multiple of their batch.
+            conditioning: of one time for all, or of N times.
+            mask: bool [B, 1, 1, L], True where a VL feature may be attended.
+            keep: how many of the last tokens the caller needs; the last block computes no more.
+        """
+        last = len(self.transformer_blocks) - 1
+        x = tokens
+        for i, block in enumerate(self.transformer_blocks):
+            scale, shift = conditioning.scales[i], conditioning.shifts[i]
+            kept = keep if i == last else None
+            x = block(x, scale, shift, key_values[i], mask, kept)
+        x = modulated_norm(x, conditioning.out_scale, conditioning.out_shift, 1e-6)
+        return self.proj_out_2(x)

@@ -1,0 +1,112 @@
+"""Layers with one set of weights per embodiment, and the encoders built of them.
+
+The weights of the running embodiment are selected once per observation (`select`); the
+functions that take the selection then run in every denoising step without gathering again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CategoryWeights(NamedTuple):
+    """Selected weights [G, in, out] and biases [G, out]; G is 1 if the whole batch shares them."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class CategoryLinear(nn.Module):
+    """x @ W[e] + b[e], with W [categories, in, out]."""
+
+    def __init__(self, categories: int, source: int, target: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(0.02 * torch.randn(categories, source, target))
+        self.b = nn.Parameter(torch.zeros(categories, target))
+
+    def select(self, ids: Tensor) -> CategoryWeights:
+        """Weights of the embodiments `ids` [B], or [1] for one shared by the batch."""
+        if self.W.shape[0] == 1:
+            return CategoryWeights(self.W, self.b)
+        return CategoryWeights(self.W[ids], self.b[ids])
+
+
+def category_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [G * R, T, in] times weight [G, in, out]; R consecutive entries share one weight."""
+    groups = weight.shape[0]
+    if groups == 1:
+        return x @ weight[0]
+    folded = x.reshape(groups, -1, x.shape[-1])
+    return torch.bmm(folded, weight).reshape(*x.shape[:-1], -1)
+
+
+def category_linear(x: Tensor, selected: CategoryWeights) -> Tensor:
+    """x [G * R, T, in] to [G * R, T, out]."""
+    weight, bias = selected
+    if weight.shape[0] == 1:
+        return torch.addmm(bias[0], x.reshape(-1, x.shape[-1]), weight[0]).view(*x.shape[:-1], -1)
+    folded = x.reshape(weight.shape[0], -1, x.shape[-1])
+    return torch.baddbmm(bias[:, None], folded, weight).reshape(*x.shape[:-1], -1)
+
+
+class CategoryMLP(nn.Module):
+    """Linear, ReLU, Linear per embodiment."""
+
+    def __init__(self, categories: int, source: int, hidden: int, target: int) -> None:
+        super().__init__()
+        self.layer1 = CategoryLinear(categories, source, hidden)
+        self.layer2 = CategoryLinear(categories, hidden, target)
+
+    def select(self, ids: Tensor) -> tuple[CategoryWeights, CategoryWeights]:
+        return self.layer1.select(ids), self.layer2.select(ids)
+
+    @staticmethod
+    def apply_selected(x: Tensor, layers: tuple[CategoryWeights, CategoryWeights]) -> Tensor:
+        return category_linear(F.relu(category_linear(x, layers[0])), layers[1])
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [B, T, in], ids [B] or [1], to [B, T, out]."""
+        return self.apply_selected(x, self.select(ids))
+
+
+def action_time_code(buckets: Tensor, width: int) -> Tensor:
+    """tau: [sin | cos] of bucket * 10000^(-i / (width/2)), float32 [N, width]."""
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=buckets.device)
+    angles = buckets.float()[:, None] * torch.exp(index * (-math.log(10000.0) / half))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ActionEncoder(nn.Module):
+    """W3(swish(W2([W1(x) | tau])))."""
+
+    def __init__(self, categories: int, action_dim: int, width: int) -> None:
+        super().__init__()
+        self.W1 = CategoryLinear(categories, action_dim, width)
+        self.W2 = CategoryLinear(categories, 2 * width, width)
+        self.W3 = CategoryLinear(categories, width, width)
+
+    def select(self, ids: Tensor) -> tuple[CategoryWeights, CategoryWeights, CategoryWeights]:
+        return self.W1.select(ids), self.W2.select(ids), self.W3.select(ids)
+
+    @staticmethod
+    def apply_selected(x: Tensor, tau: Tensor, layers: tuple[CategoryWeights, ...]) -> Tensor:
+        """x [N, H, action_dim], tau [N, width] or [1, width], to [N, H, width].
+
+        tau is the same for all H actions, so its half of W2 is multiplied once per entry.
+        """
+        w1, w2, w3 = layers
+        hidden = category_linear(x, w1)
+        width = hidden.shape[-1]
+        if tau.shape[0] < w2.weight.shape[0]:
+            tau = tau.expand(w2.weight.shape[0], -1)
+        time = category_linear(tau[:, None], CategoryWeights(w2.weight[:, width:], w2.bias))
+        mixed = category_matmul(hidden, w2.weight[:, :width])
+        if 1 < time.shape[0] < mixed.shape[0]:
+            time = time.repeat_interleave(mixed.shape[0] // time.shape[0], dim=0)
+        return category_linear(F.silu(mixed + time), w3)

@@ -1,0 +1,140 @@
+"""The Qwen3 language model, truncated after its first layers, as GR00T N1.5 uses it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omega_qvla.policies.groot_n15.config import Qwen3Config
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """cos and sin of the rotary angles, float32 [2, length, head_dim] (half-split layout)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / theta ** (pairs / head_dim)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Apply the rotary `table` [2, L, head_dim] to x [B, heads, L, head_dim]."""
+    cos, sin = table.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention with RMSNorm on each head's q and k before the rotation."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, width, bias=bias)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, L, D]; mask bool [B, 1, L, L] (True: attend) or None for plain causal."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            rotate(q, table),
+            rotate(k, table),
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Qwen3MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(config)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def causal_mask(valid: Tensor) -> Tensor:
+    """Who sees whom: bool [B, 1, L, L] from valid tokens [B, L] (nonzero: valid).
+
+    Causal and key-valid. Every token also sees itself, or the rows of left padding would
+    have nothing to attend to and turn into NaN.
+    """
+    length = valid.shape[-1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=valid.device)
+    return ((causal & valid.bool()[:, None, :]) | itself)[:, None]
+
+
+class Qwen3Model(nn.Module):
+    """Token embedding, the first `num_layers` layers and the final norm (no lm_head)."""
+
+    def __init__(self, config: Qwen3Config, num_layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Features after the final norm.
+
+        Positions count 0..L-1 whether or not a token is padding, as in the reference.
+
+        Args:
+            embeddings: [B, L, D].
+            valid: [B, L], nonzero where a token is real; None: all are, which is faster.
+        """
+        config = self.config
+        length, device = embeddings.shape[1], embeddings.device
+        table = rotary_table(length, config.head_dim, config.rope_theta, device)
+        mask = None if valid is None else causal_mask(valid)
+        hidden = embeddings
+        for layer in self.layers:
+            hidden = layer(hidden, table, mask)
+        return self.norm(hidden)
