@@ -9,7 +9,9 @@ from omega_qvla.errors import NumericsError
 
 
 def require_floating(x: Tensor, what: str) -> None:
-    """Raise NumericsError unless `x` is a floating-point tensor."""
+    """Raise NumericsError unless `x` is a floating-point tensor of at least one dimension."""
+    if x.ndim < 1:
+        raise NumericsError(f"{what} must have at least one dimension, got a scalar")
     if not x.is_floating_point():
         raise NumericsError(f"{what} must be floating point, got {x.dtype}; convert it first")
 

@@ -47,7 +47,8 @@ def left_singular_vectors(gram: Tensor) -> Tensor:
     # "nearly": two entries equal up to rounding must not decide by their last bit.
     lead = (size >= size.amax(dim=-2, keepdim=True) * (1 - 1e-6)).to(torch.uint8)
     first = lead.argmax(dim=-2, keepdim=True)
-    return vectors * torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0)
+    signs = torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0)
+    return torch.mul(vectors, signs)
 
 
 def build_rotation(weight: Tensor, kind: BlockKind, block: int = 64) -> Tensor:
