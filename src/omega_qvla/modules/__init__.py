@@ -1,0 +1,1 @@
+"""Modules that a quantized policy is made of."""

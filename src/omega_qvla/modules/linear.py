@@ -1,0 +1,87 @@
+"""`QuantLinear`, which takes the place of `nn.Linear`, and the swap itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.errors import PackError
+from omega_qvla.kernels.registry import Backend, resolve_backend
+from omega_qvla.modules.step_context import current_step
+from omega_qvla.numerics.layer import QuantizedLayer
+
+
+class QuantLinear(nn.Module):
+    """A quantized linear layer, run by `backend` on `device`.
+
+    It has no parameters: the weights live in the backend's own layout. Steps come from
+    `denoising_step`; only a layer with a table of scales per step needs one.
+    """
+
+    def __init__(
+        self, layer: QuantizedLayer, backend: Backend, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.backend = backend.name
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self._kernel = backend.prepare(layer, torch.device(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], dtype of x. Raises StepError outside its steps."""
+        return self._kernel(x, current_step())
+
+    def extra_repr(self) -> str:
+        weight, activation = self.layer.scheme.weight, self.layer.scheme.activation
+        bits = 16 if activation.kind == "none" else activation.bits
+        return (
+            f"{self.in_features} -> {self.out_features}, w{weight.bits}a{bits} "
+            f"{activation.kind}, {self.backend}"
+        )
+
+
+def replace_linears(
+    module: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    backend: str | Backend = "auto",
+) -> Backend:
+    """Swap every `nn.Linear` named in `layers` (qualified name in `module`) for its quantized
+    self, in place, each on the device of the weight that it replaces.
+
+    All names and shapes are checked before anything is swapped. Returns the backend.
+
+    Raises:
+        PackError: a name is missing, no nn.Linear, or of another shape.
+        BackendError: the backend cannot run a layer.
+    """
+    found = {name: _find(module, name, layer) for name, layer in layers.items()}
+    devices = {linear.weight.device for linear in found.values()}
+    if isinstance(backend, str):
+        device = next(iter(devices), torch.device("cpu"))
+        backend = resolve_backend(backend, layers.values(), device)
+    quantized = {
+        name: QuantLinear(layers[name], backend, linear.weight.device)
+        for name, linear in found.items()
+    }
+    for name, replacement in quantized.items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, replacement)
+    return backend
+
+
+def _find(module: nn.Module, name: str, layer: QuantizedLayer) -> nn.Linear:
+    try:
+        linear = module.get_submodule(name)
+    except AttributeError as error:
+        raise PackError(f"the policy has no layer {name}: this pack is of another one") from error
+    if not isinstance(linear, nn.Linear):
+        raise PackError(f"layer {name} is a {type(linear).__name__}, not a plain nn.Linear")
+    if (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
+        raise PackError(
+            f"layer {name} is {linear.in_features} -> {linear.out_features} in the policy and "
+            f"{layer.in_features} -> {layer.out_features} in the pack"
+        )
+    return linear

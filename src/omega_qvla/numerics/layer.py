@@ -1,0 +1,145 @@
+"""One quantized linear layer: hardware-neutral tensors, exactly those that a pack stores."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omega_qvla.config.recipe import Scheme
+from omega_qvla.errors import NumericsError
+from omega_qvla.numerics.packing import unpack_int4
+from omega_qvla.numerics.qparams import group_count
+from omega_qvla.numerics.rotation import block_sizes
+from omega_qvla.numerics.transform import InputTransform
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """Everything one quantized linear layer needs.
+
+    At run time: x / smooth -> permutation -> rotation -> quantize -> integer product with
+    qweight -> scales -> + low rank -> undo output rotation -> + bias.
+
+    num_steps: denoising steps it was calibrated for; None for a layer outside them.
+    qweight: uint8 [out, ceil(in / 2)], see `numerics.packing`.
+    weight_scale: f16 [out, groups]. bias: f32 [out]. smooth: f16 [in].
+    permutation: int32 [in]. rotation: f16 [n_blocks, B, B], svd kinds. signs: int8 [in],
+    randomized Hadamard kinds. output_rotation: f16 [n_blocks, B, B].
+    act_scale: f32 [steps, 1 | groups | in] for static kinds; one row outside the steps.
+    lowrank_a, lowrank_b: f16 [out, r] and [in, r].
+
+    Raises:
+        NumericsError: at construction, when a tensor's shape or dtype does not fit, one that
+            the scheme needs is missing, or a scale is zero or not finite.
+    """
+
+    name: str
+    side: str
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    num_steps: int | None
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    smooth: Tensor | None = None
+    permutation: Tensor | None = None
+    rotation: Tensor | None = None
+    signs: Tensor | None = None
+    output_rotation: Tensor | None = None
+    act_scale: Tensor | None = None
+    lowrank_a: Tensor | None = None
+    lowrank_b: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expected = expected_tensors(self)
+        for name, (shape, dtype) in expected.items():
+            value = getattr(self, name)
+            if value is None and name == "bias":
+                continue
+            if value is None or tuple(value.shape) != shape or value.dtype != dtype:
+                found = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+                raise NumericsError(
+                    f"layer {self.name}: {name} must be {dtype} {shape}, found {found}"
+                )
+        for name in TENSOR_FIELDS:
+            if getattr(self, name) is not None and name not in expected:
+                raise NumericsError(f"layer {self.name}: its scheme has no use for {name}")
+        for name in ("weight_scale", "smooth", "act_scale"):
+            value = getattr(self, name)
+            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
+                raise NumericsError(f"layer {self.name}: {name} is not finite and positive")
+
+    @property
+    def transform(self) -> InputTransform:
+        """The change of basis of its input."""
+        return InputTransform(
+            self.scheme.rotation, self.smooth, self.permutation, self.rotation, self.signs
+        )
+
+    def integers(self) -> Tensor:
+        """The weight's integers, int8 [out, in]."""
+        return unpack_int4(self.qweight, self.in_features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field name."""
+        values = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to(self, device: torch.device | str) -> QuantizedLayer:
+        """The same layer with its tensors on `device`."""
+        moved: dict[str, Any] = {n: value.to(device) for n, value in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(value.numel() * value.element_size() for value in self.tensors().values())
+
+
+TENSOR_FIELDS: tuple[str, ...] = tuple(
+    field.name for field in dataclasses.fields(QuantizedLayer) if "Tensor" in str(field.type)
+)
+
+
+def act_scale_shape(scheme: Scheme, in_features: int, num_steps: int | None) -> tuple[int, int]:
+    """[steps, scales per step] of a static activation table."""
+    width = {
+        "per_step_tensor": 1,
+        "per_step_group": group_count(in_features, scheme.activation.group),
+        "per_step_channel": in_features,
+    }[scheme.activation.kind]
+    return (1 if num_steps is None else num_steps, width)
+
+
+def expected_tensors(layer: QuantizedLayer) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that the layer's scheme calls for (bias may be absent)."""
+    scheme, rows, width = layer.scheme, layer.out_features, layer.in_features
+    block = scheme.rotation.block
+    half = torch.float16
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((rows, -(-width // 2)), torch.uint8),
+        "weight_scale": ((rows, group_count(width, scheme.weight.group)), half),
+        "bias": ((rows,), torch.float32),
+    }
+    if scheme.smoothing is not None:
+        expected["smooth"] = ((width,), half)
+    if scheme.permutation:
+        expected["permutation"] = ((width,), torch.int32)
+    if scheme.rotation.kind in ("svd", "svd_hadamard"):
+        expected["rotation"] = ((len(block_sizes(width, block)), block, block), half)
+    if scheme.rotation.randomized and scheme.rotation.kind in ("hadamard", "full_hadamard"):
+        expected["signs"] = ((width,), torch.int8)
+    if scheme.output_rotation:
+        expected["output_rotation"] = ((len(block_sizes(rows, block)), block, block), half)
+    if scheme.activation.static:
+        shape = act_scale_shape(scheme, width, layer.num_steps)
+        expected["act_scale"] = (shape, torch.float32)
+    if scheme.weight.rank:
+        expected["lowrank_a"] = ((rows, scheme.weight.rank), half)
+        expected["lowrank_b"] = ((width, scheme.weight.rank), half)
+    return expected

@@ -1,0 +1,132 @@
+"""Weight scales: the step size of the int4 grid, per row or per (row, group of columns).
+
+All weight quantization is symmetric: w ~ s * q with q in [-2^(bits-1), 2^(bits-1) - 1] and
+qmax = 2^(bits-1) - 1. A scale is chosen by squared error over a few candidates: a scale below
+absmax/qmax clips the largest weights and rounds all others more finely.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omega_qvla.config.recipe import Grid
+from omega_qvla.errors import NumericsError
+
+# Candidates as fractions of absmax / qmax. `paper`: alpha of s = max|w| / (qmax * alpha).
+# `fine`: dense where the optimum of bell-shaped rows lies; both contain 1, so that neither
+# can be worse than `max`.
+GRIDS: dict[Grid, tuple[float, ...]] = {
+    "max": (1.0,),
+    "paper": tuple(1.0 / alpha for alpha in (0.5, 0.75, 1.0, 1.25, 1.5)),
+    "fine": tuple(0.5 + 0.05 * i for i in range(12)),
+}
+# A layer whose step is below this has no precise 16-bit float: better refused than distorted.
+SMALLEST_STORED_STEP = 2.0**-20
+
+
+def qrange(bits: int) -> tuple[int, int]:
+    """(qmin, qmax) of signed integers of `bits` bits: (-8, 7) for 4."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def group_count(width: int, group: int | None) -> int:
+    """How many groups of `group` columns cover `width` columns (None: one; the last is short)."""
+    return 1 if group is None else -(-width // group)
+
+
+def expand_groups(scale: Tensor, width: int, group: int | None) -> Tensor:
+    """[..., n_groups] -> [..., width]: the scale of each column."""
+    if scale.shape[-1] != group_count(width, group):
+        raise NumericsError(
+            f"{scale.shape[-1]} scales do not cover {width} columns in groups of {group}"
+        )
+    if group is None:
+        return scale.expand(*scale.shape[:-1], width)
+    return scale.repeat_interleave(group, dim=-1)[..., :width]
+
+
+def split_groups(values: Tensor, group: int | None) -> Tensor:
+    """[..., width] -> [..., n_groups, group]; a short last group is padded with zeros."""
+    width = values.shape[-1]
+    group = width if group is None else group
+    n_groups = group_count(width, group)
+    padded = torch.nn.functional.pad(values, (0, n_groups * group - width))
+    return padded.reshape(*values.shape[:-1], n_groups, group)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise NumericsError unless `weight` is a finite, non-empty float matrix [out, in]."""
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise NumericsError(f"a weight must be a non-empty matrix, not {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise NumericsError(f"a weight must be floating point, not {weight.dtype}")
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericsError("a weight has values that are not finite")
+
+
+def weight_scales(
+    weight: Tensor,
+    bits: int = 4,
+    group: int | None = None,
+    grid: Grid = "fine",
+    *,
+    store: torch.dtype | None = None,
+) -> Tensor:
+    """Scales of `weight` [out, in], the best of `grid` by squared rounding error.
+
+    Returns [out, n_groups] in the weight's dtype; finite and positive, 1 where a group is all
+    zero. With `store` (float16 in a pack) every candidate is rounded to that dtype before it
+    is judged, so the result is exactly what can be stored.
+
+    Raises:
+        NumericsError: weight not finite; or its scales do not fit `store`.
+    """
+    check_weight(weight)
+    if group is not None and group < 1:
+        raise NumericsError(f"a group must have at least one column, not {group}")
+    blocks = split_groups(weight, group)
+    peak = blocks.abs().amax(-1)
+    best_scale = storable(peak / qrange(bits)[1], store)
+    if GRIDS[grid] == (1.0,):
+        return best_scale
+    best_error = torch.full_like(peak, float("inf"))
+    largest_step = best_scale
+    for fraction in GRIDS[grid]:
+        scale = storable(peak * (fraction / qrange(bits)[1]), store)
+        error = rounding_error(blocks, scale, bits)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return torch.where(peak > 0, best_scale, largest_step)
+
+
+def rounding_error(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Squared error [..., n_groups] of rounding blocks [..., n_groups, group] with `scale`."""
+    low, high = qrange(bits)
+    step = scale.unsqueeze(-1)
+    rounded = (blocks / step).round_().clamp_(low, high).mul_(step)
+    return rounded.sub_(blocks).square_().sum(-1)
+
+
+def storable(scale: Tensor, store: torch.dtype | None) -> Tensor:
+    """`scale` rounded to dtype `store` and back; zeros become 1.
+
+    A scale too small for `store` among larger ones becomes its smallest number: the weights
+    it stands for vanish against the layer's. If the whole layer is that small, or too large,
+    NumericsError says so.
+    """
+    positive = scale > 0
+    if store is None:
+        tiny = torch.finfo(scale.dtype).tiny
+        return torch.where(positive, scale.clamp_min(tiny), torch.ones_like(scale))
+    largest = float(scale.max())
+    if largest > torch.finfo(store).max:
+        raise NumericsError(f"a weight scale of {largest:.3g} overflows {store}; rescale the layer")
+    if 0 < largest < SMALLEST_STORED_STEP:
+        raise NumericsError(
+            f"weight scales of at most {largest:.3g} are lost in {store}; rescale the layer"
+        )
+    smallest = torch.finfo(store).smallest_normal * torch.finfo(store).eps  # subnormal
+    rounded = scale.clamp_min(smallest).to(store).to(scale.dtype)
+    return torch.where(positive, rounded, torch.ones_like(scale))

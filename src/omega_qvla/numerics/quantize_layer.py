@@ -1,0 +1,171 @@
+"""One layer's way from floating point to int4: smooth, permute, rotate, split, round, pack.
+
+Pure: the same inputs give the same tensors. Whatever is stored in 16 bits is rounded to 16
+bits before anything is derived from it, so that what was optimised is what runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omega_qvla.config.recipe import Scheme
+from omega_qvla.errors import CalibrationError, NumericsError
+from omega_qvla.numerics.activation import (
+    step_channel_scale,
+    step_group_scale,
+    step_tensor_scale,
+)
+from omega_qvla.numerics.gptq import gptq, gptq_block
+from omega_qvla.numerics.hadamard import random_signs
+from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.low_rank import low_rank_split
+from omega_qvla.numerics.packing import pack_int4
+from omega_qvla.numerics.permutation import zigzag_permutation
+from omega_qvla.numerics.qparams import check_weight, weight_scales
+from omega_qvla.numerics.rotation import (
+    apply_output_rotation,
+    build_output_rotation,
+    build_rotation,
+)
+from omega_qvla.numerics.rtn import round_weight
+from omega_qvla.numerics.smoothing import smoothing_divisor, weight_profile
+from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.numerics.transform import InputTransform
+
+HALF = torch.float16
+
+
+def needs_stats(scheme: Scheme) -> bool:
+    """Whether the scheme cannot do without calibration statistics."""
+    return scheme.smoothing is not None or scheme.activation.static or scheme.weight.method != "rtn"
+
+
+def quantize_layer(
+    name: str,
+    side: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    stats: LayerStats | None,
+    num_steps: int | None,
+) -> QuantizedLayer:
+    """Quantize weight [out, in] (any float dtype) and bias [out] of layer `name` by `scheme`.
+
+    stats: of the layer's raw inputs; None only for schemes that need none. num_steps: of the
+    denoising loop that the layer runs in, None outside. Computes in float32 (float64 where
+    decompositions need it) on the weight's device; the result stays there.
+
+    Raises:
+        CalibrationError: statistics missing, of another layer, of a step left out, not finite.
+        NumericsError: a weight that is not finite, or a scale that does not fit in 16 bits.
+    """
+    try:
+        check_weight(weight)
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            raise NumericsError("the bias is not finite")
+        stats = _checked_stats(name, weight, scheme, stats, num_steps)
+        weight = weight.detach().float()
+        transform = build_transform(weight, scheme, stats)
+        rotated = transform.weight(weight)
+        output_rotation = None
+        if scheme.output_rotation:
+            output_rotation = build_output_rotation(rotated, scheme.rotation.block).to(HALF)
+            rotated = apply_output_rotation(rotated, output_rotation.float())
+        a, b, rotated = _split(rotated, scheme.weight.rank)
+        q, scale = round_to_grid(rotated, scheme, stats, transform)
+        return QuantizedLayer(
+            name=name,
+            side=side,
+            in_features=weight.shape[1],
+            out_features=weight.shape[0],
+            scheme=scheme,
+            num_steps=num_steps,
+            qweight=pack_int4(q),
+            weight_scale=scale.to(HALF),
+            bias=None if bias is None else bias.detach().float(),
+            smooth=transform.smooth,
+            permutation=transform.permutation,
+            rotation=transform.blocks,
+            signs=transform.signs,
+            output_rotation=output_rotation,
+            act_scale=static_table(scheme, stats, transform),
+            lowrank_a=a,
+            lowrank_b=b,
+        )
+    except NumericsError as error:
+        raise NumericsError(f"layer {name}: {error}") from error
+
+
+def _checked_stats(
+    name: str, weight: Tensor, scheme: Scheme, stats: LayerStats | None, num_steps: int | None
+) -> LayerStats | None:
+    if stats is None:
+        if needs_stats(scheme):
+            raise CalibrationError(f"layer {name}: its scheme needs calibration and has none")
+        return None
+    stats.check(name, weight.shape[1], num_steps)
+    return stats.to(weight.device)
+
+
+def build_transform(weight: Tensor, scheme: Scheme, stats: LayerStats | None) -> InputTransform:
+    """The change of basis for float32 weight [out, in], its parts as they are stored."""
+    smooth = None
+    if scheme.smoothing is not None and stats is not None:
+        robust = scheme.smoothing.robust
+        profile = stats.profile if robust else stats.hessian.diagonal().clamp_min(0).sqrt()
+        divisor = smoothing_divisor(profile, weight_profile([weight]), scheme.smoothing.alpha)
+        smooth = divisor.to(HALF)
+        weight = weight * smooth.float()
+    permutation = None
+    if scheme.permutation:
+        permutation = zigzag_permutation(weight).to(torch.int32)
+        weight = weight[:, permutation.long()]
+    rotation, blocks, signs = scheme.rotation, None, None
+    if rotation.kind == "svd" or rotation.kind == "svd_hadamard":
+        blocks = build_rotation(weight, rotation.kind, rotation.block).to(HALF)
+    elif rotation.kind != "none" and rotation.randomized:
+        signs = random_signs(weight.shape[1], rotation.seed).to(weight.device)
+    return InputTransform(rotation, smooth, permutation, blocks, signs)
+
+
+def _split(weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(a, b, residual) with 16-bit factors, the residual being that of the rounded ones."""
+    if rank == 0:
+        return None, None, weight
+    a, b, _ = low_rank_split(weight, rank)
+    a, b = a.to(HALF), b.to(HALF)
+    return a, b, weight - a.float() @ b.float().T
+
+
+def round_to_grid(
+    weight: Tensor, scheme: Scheme, stats: LayerStats | None, transform: InputTransform
+) -> tuple[Tensor, Tensor]:
+    """(q int8 [out, in], scale [out, groups]) of the transformed weight, by its method."""
+    w = scheme.weight
+    if w.method == "rtn" or stats is None:
+        scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF)
+        return round_weight(weight, scale, w.bits, w.group), scale
+    hessian = transform.hessian(stats.hessian.double())
+    if w.method == "gptq_block":
+        return gptq_block(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, store=HALF)
+    return gptq(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, w.act_order, store=HALF)
+
+
+def static_table(
+    scheme: Scheme, stats: LayerStats | None, transform: InputTransform
+) -> Tensor | None:
+    """Static activation scales f32 [steps, ...] from each step's transformed tokens."""
+    act = scheme.activation
+    if stats is None or not act.static:
+        return None
+    rows = []
+    for tokens in stats.tokens:
+        x = transform.activations(tokens.float())
+        if act.kind == "per_step_channel":
+            rows.append(step_channel_scale(x, act.percentile, act.bits))
+        elif act.kind == "per_step_group":
+            rows.append(step_group_scale(x, act.group, act.bits))
+        else:
+            rows.append(step_tensor_scale(x, act.bits))
+    return torch.stack(rows)
