@@ -1,0 +1,1 @@
+"""Policies: the two model families, their processors, checkpoints and quantization sites."""

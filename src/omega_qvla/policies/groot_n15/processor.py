@@ -1,0 +1,245 @@
+"""Observations to GR00T N1.5's inputs, its outputs to raw actions (Isaac-GR00T's transforms)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from omega_qvla.errors import CheckpointError, ObservationError
+from omega_qvla.policies import images as image_ops
+from omega_qvla.policies.files import options, read_json, write_atomically, write_json
+from omega_qvla.policies.groot_n15.config import GrootConfig
+from omega_qvla.policies.observation import Observation
+from omega_qvla.policies.statistics import MinMaxNorm, Stats, pad_last
+from omega_qvla.policies.tokenizer import (
+    GROOT_IMAGE,
+    GROOT_PAD,
+    groot_prompt,
+    load_tokenizer,
+    special_id,
+)
+
+#: modality (`state`, `action`) -> key -> statistics, as in `experiment_cfg/metadata.json`.
+ModalityStats = Mapping[str, Mapping[str, Stats]]
+
+
+@dataclass(frozen=True)
+class GrootOptions:
+    """`processor.json`: what a checkpoint's own files do not say.
+
+    cameras: the robot's cameras in prompt order.
+    state_keys, action_keys: keys of the metadata's statistics, in channel order.
+    embodiment_tag: key of the metadata; embodiment_id: row of the per-embodiment weights.
+    resize: crop (centre, `crop` of each edge) and resize images of any size; otherwise they
+    must have the model's size and are not cropped.
+    """
+
+    cameras: tuple[str, ...]
+    state_keys: tuple[str, ...] = ("state",)
+    action_keys: tuple[str, ...] = ("action",)
+    embodiment_tag: str = "new_embodiment"
+    embodiment_id: int = 0
+    resize: bool = False
+    crop: float | None = None
+
+
+@dataclass(frozen=True)
+class GrootInputs:
+    """A batch on its way into the network.
+
+    pixel_values: float32 [B * cameras, 3, size, size], an observation's cameras in a row;
+    input_ids: int64 [B, L]; attention_mask: bool [B, L], or None if nothing is padded;
+    state: float32 [B, max_state_dim]; embodiment_id: int64 [1], shared by the batch.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    state: Tensor
+    embodiment_id: Tensor
+
+    def to(self, device: torch.device) -> GrootInputs:
+        """The same on another device."""
+        mask = self.attention_mask
+        return GrootInputs(
+            self.pixel_values.to(device),
+            self.input_ids.to(device),
+            None if mask is None else mask.to(device),
+            self.state.to(device),
+            self.embodiment_id.to(device),
+        )
+
+
+class GrootProcessor:
+    """Tokenizer, statistics and image rules of one checkpoint; all on the CPU."""
+
+    def __init__(
+        self, config: GrootOptions, model: GrootConfig, tokenizer: Tokenizer, stats: ModalityStats
+    ) -> None:
+        """Raises CheckpointError where the parts do not fit each other."""
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.stats = {modality: dict(keys) for modality, keys in stats.items()}
+        self.state_norm = self._norm("state", config.state_keys)
+        self.action_norm = self._norm("action", config.action_keys)
+        self._pad = special_id(tokenizer, GROOT_PAD)
+        self._check()
+
+    @classmethod
+    def create(
+        cls,
+        model: GrootConfig,
+        tokenizer: Tokenizer,
+        state: Stats,
+        actions: Stats,
+        cameras: Sequence[str] = ("base", "wrist"),
+        **settings: Any,
+    ) -> GrootProcessor:
+        """A processor for a new policy with one state key and one action key."""
+        stats = {"state": {"state": state}, "action": {"action": actions}}
+        return cls(GrootOptions(tuple(cameras), **settings), model, tokenizer, stats)
+
+    def _norm(self, modality: str, keys: Sequence[str]) -> MinMaxNorm:
+        known = self.stats.get(modality, {})
+        missing = [key for key in keys if key not in known]
+        if missing or not keys:
+            raise CheckpointError(
+                f"metadata.json lacks statistics of {modality} {', '.join(missing) or 'keys'}; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+        return MinMaxNorm(Stats.concatenate([known[key] for key in keys]), f"metadata {modality}")
+
+    def _check(self) -> None:
+        head, eagle = self.model.action_head, self.model.eagle
+        limits = {
+            "state channels": (self.state_dim, head.max_state_dim),
+            "action channels": (self.action_dim, head.action_dim),
+            "tokens": (self.tokenizer.get_vocab_size(), eagle.text.vocab_size),
+            "embodiments": (self.config.embodiment_id + 1, head.max_num_embodiments),
+        }
+        for name, (have, room) in limits.items():
+            if have > room:
+                raise CheckpointError(f"{have} {name} do not fit the model's {room}")
+        image = special_id(self.tokenizer, GROOT_IMAGE)
+        if image != eagle.image_token_index:
+            raise CheckpointError(
+                f"the tokenizer's {GROOT_IMAGE} is {image}, the model's image_token_index "
+                f"{eagle.image_token_index}"
+            )
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The robot's cameras, in prompt order."""
+        return self.config.cameras
+
+    @property
+    def state_dim(self) -> int:
+        """Length of the robot's state."""
+        return len(self.state_norm)
+
+    @property
+    def action_dim(self) -> int:
+        """Length of the robot's action."""
+        return len(self.action_norm)
+
+    def normalize_state(self, state: np.ndarray) -> np.ndarray:
+        """Raw [..., state_dim] to float32 [..., max_state_dim], zeros behind."""
+        return pad_last(self.state_norm.normalize(state), self.model.action_head.max_state_dim)
+
+    def normalize_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Raw [..., action_dim] to float32 [..., A], zeros behind."""
+        return pad_last(self.action_norm.normalize(actions), self.model.action_head.action_dim)
+
+    def unnormalize_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Normalized [..., A] to raw float32 [..., action_dim]."""
+        used = np.asarray(actions, np.float64)[..., : self.action_dim]
+        return self.action_norm.unnormalize(used).astype(np.float32)
+
+    def tokenize(
+        self, prompts: Sequence[str], states: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Instructions to (tokens int64, mask bool) [B, L], left-padded to the longest.
+
+        The state is not part of the prompt; `states` is there for symmetry with pi0.5.
+        """
+        tokens = self.model.eagle.tokens_per_image
+        ids: dict[str, list[int]] = {}
+        for prompt in prompts:
+            if prompt not in ids:
+                text = groot_prompt(prompt, len(self.cameras), tokens)
+                ids[prompt] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        length = max(map(len, ids.values()))
+        rows = {p: [self._pad] * (length - len(row)) + row for p, row in ids.items()}
+        masks = {p: [False] * (length - len(row)) + [True] * len(row) for p, row in ids.items()}
+        return torch.tensor([rows[p] for p in prompts]), torch.tensor([masks[p] for p in prompts])
+
+    def camera_images(self, observations: Sequence[Observation], camera: str) -> Tensor:
+        """One camera's images, float32 [B, 3, size, size] in [-1, 1]. Raises ObservationError."""
+        size, crop = self.model.eagle.vision.image_size, self.config.crop
+        stacked = image_ops.stack_images(observations, camera, None if self.config.resize else size)
+        if isinstance(stacked, list):
+            stacked = torch.stack([image_ops.crop_and_resize(i, size, crop) for i in stacked])
+        return image_ops.to_float(stacked)
+
+    def prepare(self, observations: Sequence[Observation]) -> GrootInputs:
+        """Check and preprocess B observations. Raises ObservationError."""
+        if not observations:
+            raise ObservationError("no observations: give at least one")
+        states = image_ops.stack_states(observations, self.state_dim)
+        images = [self.camera_images(observations, camera) for camera in self.cameras]
+        tokens, mask = self.tokenize([o.prompt for o in observations])
+        return GrootInputs(
+            pixel_values=torch.stack(images, dim=1).flatten(0, 1),
+            input_ids=tokens,
+            attention_mask=None if bool(mask.all()) else mask,
+            state=torch.from_numpy(self.normalize_state(states)),
+            embodiment_id=torch.tensor([self.config.embodiment_id]),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write processor.json, tokenizer.json and the metadata into a checkpoint."""
+        size, tag = self.model.eagle.vision.image_size, self.config.embodiment_tag
+        statistics = {
+            modality: {key: stats.to_dict() for key, stats in keys.items()}
+            for modality, keys in self.stats.items()
+        }
+        shapes = {
+            modality: {key: {"shape": [len(s.take(key, "min")[0])], "continuous": True}
+                       for key, s in keys.items()}
+            for modality, keys in self.stats.items()
+        }  # fmt: skip
+        video = {camera: {"resolution": [size, size], "channels": 3} for camera in self.cameras}
+        metadata = {"statistics": statistics, "modalities": {"video": video, **shapes}}
+        write_json(_metadata_path(path), {tag: {**metadata, "embodiment_tag": tag}})
+        write_atomically(path / "tokenizer.json", lambda p: self.tokenizer.save(str(p)))
+        settings = dataclasses.asdict(self.config)
+        write_json(path / "processor.json", {"family": "groot_n15", **settings})
+
+    @classmethod
+    def load(cls, path: Path, model: GrootConfig) -> GrootProcessor:
+        """Read what `save` writes. Raises CheckpointError."""
+        config = options(GrootOptions, read_json(path / "processor.json"), "processor.json")
+        file = _metadata_path(path)
+        metadata, tag = read_json(file), config.embodiment_tag
+        if tag not in metadata:
+            raise CheckpointError(f"{file} has no embodiment {tag!r}; it has {', '.join(metadata)}")
+        statistics = metadata[tag].get("statistics", {})
+        stats = {
+            modality: {
+                key: Stats.from_dict(values, f"{file} {modality}.{key}")
+                for key, values in statistics.get(modality, {}).items()
+            }
+            for modality in ("state", "action")
+        }
+        return cls(config, model, load_tokenizer(path / "tokenizer.json"), stats)
+
+
+def _metadata_path(path: Path) -> Path:
+    return path / "experiment_cfg" / "metadata.json"
