@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -32,6 +33,22 @@ def test_base_matrices_are_hadamard_in_exact_integers(order: int) -> None:
     assert set(h.flatten().tolist()) <= {1, -1}
     assert torch.equal(h @ h.T, order * torch.eye(order, dtype=torch.int64))
     assert torch.equal(h.T @ h, order * torch.eye(order, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("n", "digest"),
+    [
+        (12, "6e3ec5c5530c2de6"),
+        (20, "9a66aa52b8d9c8ff"),
+        (28, "e9a79502895728a8"),
+        (36, "41a3f7927fa274b5"),
+        (24, "68c20c75591d7021"),
+    ],
+)
+def test_the_matrices_never_change(n: int, digest: str) -> None:
+    # Packs store the signs only: another (equally valid) matrix would break every pack written.
+    positive = bytes((hadamard_matrix(n) > 0).flatten().tolist())
+    assert hashlib.sha256(positive).hexdigest()[:16] == digest
 
 
 def test_sylvester_entries_are_the_parity_of_common_bits() -> None:
