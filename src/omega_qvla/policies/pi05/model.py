@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from omega_qvla.errors import ConfigError, NumericsError, ObservationError
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.dtypes import full_precision
 from omega_qvla.policies.pi05.gemma import MASKED, Expert, LanguageModel, Modulation, Rope
 from omega_qvla.policies.siglip import SiglipVisionModel
 
@@ -252,7 +253,8 @@ class Pi05Model(nn.Module):
 
     def conditioning(self, time: Tensor) -> StepConditioning:
         """All modulations for flow times `time` [T]: every step of a grid, or one per sample."""
-        return StepConditioning(self.expert.modulations(self.time_embedding(time)))
+        with full_precision(self.time_mlp_in.weight.device):
+            return StepConditioning(self.expert.modulations(self.time_embedding(time)))
 
     def velocity(self, prefix: Prefix, x_t: Tensor, cond: StepConditioning) -> Tensor:
         """One pass of the expert.
@@ -273,12 +275,15 @@ class Pi05Model(nn.Module):
                 f"x_t has {len(x_t)} rows and cond {len(cond)}, but the prefix is for "
                 f"{prefix.samples} samples: use prefix.repeat(R), and 1 or {prefix.samples} times"
             )
-        x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype)).to(self.compute_dtype)
+        with full_precision(x_t.device):
+            x: Tensor = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+        x = x.to(self.compute_dtype)
         offsets = torch.arange(x.shape[1], device=x.device)
         positions = prefix.num_valid.repeat_interleave(prefix.repeats)[:, None] + offsets
         rope = Rope.at(positions, self.config.expert.head_dim, self.compute_dtype)
         x = self.expert(x, prefix.keys, prefix.values, rope, prefix.bias, cond.modulations)
-        v_t: Tensor = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
+        with full_precision(x_t.device):
+            v_t: Tensor = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
         return v_t.float()
 
     def sample_actions(
