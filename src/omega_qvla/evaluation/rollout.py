@@ -30,7 +30,8 @@ def load_arm(arm: Arm) -> Policy:
     from omega_qvla.runtime.engine import Engine
 
     engine = Engine.load(arm.checkpoint, pack=arm.pack, backend=arm.backend, device=arm.device)
-    return engine.policy
+    policy: Policy = engine.policy
+    return policy
 
 
 class _Stopwatch:

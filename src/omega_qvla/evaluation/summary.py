@@ -1,0 +1,150 @@
+"""The numbers of an evaluation in one dictionary, and nothing but numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from omega_qvla.errors import EvaluationError
+from omega_qvla.evaluation.open_loop import Drift
+from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
+from omega_qvla.evaluation.smoothness import jerk_ratio
+from omega_qvla.evaluation.statistics import paired_difference, paired_table, wilson
+
+Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def summarise(
+    records: Iterable[EpisodeRecord],
+    drift: Mapping[ArmKey, Drift],
+    sizes: Mapping[ArmKey, tuple[int, int]],
+    *,
+    reference: str = REFERENCE,
+) -> Summary:
+    """{family: {variant: {arm: {...}}}}, JSON-ready, families and arms in order of appearance.
+
+    Per arm: `episodes`, `successes`, `success` (rate), `interval` [low, high] (Wilson,
+    95%), `tasks` {task: {episodes, successes}}, `errors` (episodes ended by a non-finite
+    action), `cosine` {mean, median, min} or None, `worst_channel` {index, nmse} or None,
+    `relative_error`, `layer_bytes`, `layer_bytes_16bit` (of the quantized layers; None
+    if unknown), `policy_ms` (median per prediction); and, for every arm but the
+    reference, `paired` {episodes, both, b, c, neither, p, difference, interval} against
+    it (b: only the reference succeeded) and `jerk_ratio` {actions, path, episodes} or None.
+
+    Args:
+        drift: by arm; the reference arm needs none (it is its own reference).
+        sizes: by arm (layer bytes, the same layers' bytes in 16 bit).
+
+    Raises:
+        EvaluationError: a family and variant lacks the reference arm, or an episode
+            appears twice.
+    """
+    groups: dict[tuple[str, str], dict[str, list[EpisodeRecord]]] = {}
+    for record in records:
+        arms = groups.setdefault((record.family, record.variant), {})
+        arms.setdefault(record.arm, []).append(record)
+    summary: Summary = {}
+    for (family, variant), arms in groups.items():
+        if reference not in arms:
+            raise EvaluationError(f"{family}/{variant}: no episodes of the arm {reference!r}")
+        ordered = sorted(arms, key=lambda arm: arm != reference)  # stable: reference first
+        summary.setdefault(family, {})[variant] = {
+            arm: _arm(ArmKey(family, variant, arm), arms[arm], arms[reference], drift, sizes)
+            for arm in ordered
+        }
+    return summary
+
+
+def _arm(
+    key: ArmKey,
+    records: Sequence[EpisodeRecord],
+    reference: Sequence[EpisodeRecord],
+    drift: Mapping[ArmKey, Drift],
+    sizes: Mapping[ArmKey, tuple[int, int]],
+) -> dict[str, Any]:
+    if len({record.episode for record in records}) != len(records):
+        raise EvaluationError(f"{key}: an episode appears twice")
+    successes = sum(record.success for record in records)
+    layer_bytes, layer_bytes_16bit = sizes.get(key, (None, None))
+    is_reference = records is reference
+    result = {
+        "episodes": len(records),
+        "successes": successes,
+        "success": successes / len(records),
+        "interval": list(wilson(successes, len(records))),
+        "tasks": _by_task(records),
+        "errors": sum(record.error is not None for record in records),
+        **_drift(drift.get(key), is_reference),
+        "layer_bytes": layer_bytes,
+        "layer_bytes_16bit": layer_bytes_16bit,
+        "policy_ms": _policy_ms(records),
+    }
+    if not is_reference:
+        result["paired"] = compare_arms(reference, records)
+        ratio = jerk_ratio(reference, records)
+        result["jerk_ratio"] = ratio and {
+            "actions": ratio.actions,
+            "path": ratio.path,
+            "episodes": ratio.episodes,
+        }
+    return result
+
+
+def compare_arms(
+    reference: Sequence[EpisodeRecord], other: Sequence[EpisodeRecord]
+) -> dict[str, Any]:
+    """The McNemar table of the episodes that both arms played, and what follows from it.
+
+    Raises:
+        EvaluationError: they share no episode.
+    """
+    outcomes = {record.episode: record.success for record in reference}
+    shared = [record for record in other if record.episode in outcomes]
+    table = paired_table(
+        [outcomes[record.episode] for record in shared], [record.success for record in shared]
+    )
+    difference = paired_difference(table)
+    return {
+        "episodes": table.n,
+        "both": table.both,
+        "b": table.b,
+        "c": table.c,
+        "neither": table.neither,
+        "p": table.p,
+        "difference": difference.value,
+        "interval": [difference.low, difference.high],
+    }
+
+
+def _by_task(records: Sequence[EpisodeRecord]) -> dict[str, dict[str, int]]:
+    tasks: dict[str, dict[str, int]] = {}
+    for record in sorted(records, key=lambda r: r.task):
+        entry = tasks.setdefault(record.task, {"episodes": 0, "successes": 0})
+        entry["episodes"] += 1
+        entry["successes"] += record.success
+    return tasks
+
+
+def _drift(drift: Drift | None, is_reference: bool) -> dict[str, Any]:
+    if drift is None:
+        one = 1.0 if is_reference else None
+        return {
+            "cosine": {"mean": one, "median": one, "min": one} if is_reference else None,
+            "worst_channel": None,
+            "relative_error": 0.0 if is_reference else None,
+        }
+    nmse = drift.channel_nmse[drift.worst_channel]
+    return {
+        "cosine": drift.cosine(),
+        "worst_channel": {
+            "index": drift.worst_channel,
+            "nmse": nmse if math.isfinite(nmse) else None,  # JSON has no infinity
+        },
+        "relative_error": drift.relative_error if math.isfinite(drift.relative_error) else None,
+    }
+
+
+def _policy_ms(records: Sequence[EpisodeRecord]) -> float | None:
+    times = sorted(1000 * r.policy_s / r.replans for r in records if r.replans)
+    return round(times[len(times) // 2], 2) if times else None
