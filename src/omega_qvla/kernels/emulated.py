@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 from omega_qvla.kernels.prologue import block_product, build_prologue
 from omega_qvla.kernels.reference import ACTIVATION_KINDS
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
-from omega_qvla.numerics.activation import expand_static, quantize_per_token
+from omega_qvla.numerics.activation import expand_static
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, group_count, qrange
 from omega_qvla.numerics.rotation import apply_blocks
@@ -28,6 +28,7 @@ from omega_qvla.numerics.rtn import dequantize
 
 # (x' [n, in], step) -> scaled product [n, out]
 Product = Callable[[Tensor, "StepLike | None"], Tensor]
+_TINY = torch.finfo(torch.float32).tiny
 _EXACT = 1 << 24  # float32 holds every integer up to here
 _PARTIAL_SUMS = 1 << 22  # elements of per-group sums kept at once
 
@@ -105,16 +106,16 @@ def _plain_product(layer: QuantizedLayer) -> Product:
     dtype = _sum_dtype(layer, layer.in_features)
     weight = layer.integers().to(dtype).T.contiguous()
     row_scale = layer.weight_scale.float().T
+    (low, high), factor = qrange(act.bits), act.clip / qrange(act.bits)[1]
     if act.kind == "per_token":
 
         def per_token(x: Tensor, step: StepLike | None) -> Tensor:
-            q, scale = quantize_per_token(x, act.bits, act.clip)
+            q, scale = _dynamic(x, factor, low, high)
             return torch.mm(q.to(dtype), weight).float().mul_(scale).mul_(row_scale)
 
         return per_token
     table = layer.act_scale
     assert table is not None
-    low, high = qrange(act.bits)
 
     def per_step(x: Tensor, step: StepLike | None) -> Tensor:
         scale = table[table_row(layer, step)]
@@ -122,6 +123,12 @@ def _plain_product(layer: QuantizedLayer) -> Product:
         return torch.mm(q.to(dtype), weight).float().mul_(scale).mul_(row_scale)
 
     return per_step
+
+
+def _dynamic(x: Tensor, factor: float, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token` with one op less: a zero token gets a tiny scale, and still q = 0."""
+    scale = x.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(_TINY)
+    return (x / scale).round_().clamp_(low, high), scale
 
 
 def _channel_product(layer: QuantizedLayer) -> Product:
@@ -179,10 +186,11 @@ _SegmentQuantizer = Callable[[Tensor, "StepLike | None"], tuple[Tensor, Tensor]]
 
 def _segment_quantizer(layer: QuantizedLayer, size: int, segments: int) -> _SegmentQuantizer:
     act, width = layer.scheme.activation, layer.in_features
+    (low, high), factor = qrange(act.bits), act.clip / qrange(act.bits)[1]
     if act.kind == "per_token":
 
         def per_token(x: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
-            q, scale = quantize_per_token(x, act.bits, act.clip)
+            q, scale = _dynamic(x, factor, low, high)
             return q.view(-1, segments, size).transpose(0, 1), scale.unsqueeze(0)
 
         return per_token
@@ -194,7 +202,7 @@ def _segment_quantizer(layer: QuantizedLayer, size: int, segments: int) -> _Segm
 
         def per_group(x: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
             x = pad(x, (0, missing)) if missing else x
-            q, scale = quantize_per_token(x.view(-1, groups, group), act.bits, act.clip)
+            q, scale = _dynamic(x.view(-1, groups, group), factor, low, high)
             if repeat > 1:
                 scale = scale.repeat_interleave(repeat, dim=1)
             q = q.view(-1, groups * repeat, size)[:, :segments].transpose(0, 1)
@@ -202,7 +210,6 @@ def _segment_quantizer(layer: QuantizedLayer, size: int, segments: int) -> _Segm
 
         return per_group
     assert layer.act_scale is not None
-    low, high = qrange(act.bits)
     columns = torch.stack(
         [expand_static(row, width, act.kind, act.group).expand(width) for row in layer.act_scale]
     )

@@ -143,7 +143,11 @@ def resolve_backend(
         backend = get_backend(candidate)
         if backend.capabilities().native and obstacle(backend, layers, device) is None:
             return backend
-    return get_backend(_FALLBACK)
+    backend = get_backend(_FALLBACK)
+    reason = obstacle(backend, layers, device)
+    if reason is not None:
+        raise BackendError(f"no backend can run this pack; {_FALLBACK!r}: {reason}")
+    return backend
 
 
 def table_row(layer: QuantizedLayer, step: StepLike | None) -> int:

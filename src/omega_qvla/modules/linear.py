@@ -16,15 +16,15 @@ from omega_qvla.numerics.layer import QuantizedLayer
 class QuantLinear(nn.Module):
     """A quantized linear layer, run by `backend` on `device`.
 
-    It has no parameters: the weights live in the backend's own layout. Steps come from
-    `denoising_step`; only a layer with a table of scales per step needs one.
+    It has no parameters: the weights live in the backend's own layout, on `device` for good.
+    Steps come from `denoising_step`; only a layer with a table of scales per step needs one.
     """
 
     def __init__(
         self, layer: QuantizedLayer, backend: Backend, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.name, self.side, self.scheme = layer.name, layer.side, layer.scheme
         self.backend = backend.name
         self.in_features = layer.in_features
         self.out_features = layer.out_features
@@ -35,7 +35,7 @@ class QuantLinear(nn.Module):
         return self._kernel(x, current_step())
 
     def extra_repr(self) -> str:
-        weight, activation = self.layer.scheme.weight, self.layer.scheme.activation
+        weight, activation = self.scheme.weight, self.scheme.activation
         bits = 16 if activation.kind == "none" else activation.bits
         return (
             f"{self.in_features} -> {self.out_features}, w{weight.bits}a{bits} "

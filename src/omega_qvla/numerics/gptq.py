@@ -51,10 +51,12 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     h = h.masked_fill(dead[:, None] | dead[None, :], 0.0)
     h.diagonal().masked_fill_(dead, mean)
+    applied = 0.0
     for attempt in range(_DAMP_TRIES):
-        damped = h.clone()
-        damped.diagonal().add_(damp * 10**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        wanted = damp * 10**attempt * mean
+        h.diagonal().add_(wanted - applied)
+        applied = wanted
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
             factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(info) == 0 and bool(torch.isfinite(factor).all()):
@@ -160,8 +162,11 @@ def gptq_block(
 ) -> tuple[Tensor, Tensor]:
     """The published GPTQ: every block of `block` columns alone, with its own sub-Hessian.
 
-    Damping is relative to the mean diagonal of that sub-Hessian; what couples the blocks is
-    ignored, and so is the guarantee of `gptq`. Returns (q int8 [out, in], scale).
+    Damping is relative to the mean diagonal of that sub-Hessian. What couples the blocks is
+    ignored, and so is the guarantee of `gptq`. Within a block errors are fed forward by the
+    Cholesky factor, as GPTQ has it; the published code uses rows of the plain inverse, which
+    measured worse everywhere, so this stands for the recipe at its best.
+    Returns (q int8 [out, in], scale [out, n_groups]).
 
     Raises:
         NumericsError: shapes that do not fit, non-finite values, an indefinite Hessian.

@@ -14,10 +14,10 @@ from omega_qvla.config.recipe import Grid
 from omega_qvla.errors import NumericsError
 
 # Candidates as fractions of absmax / qmax. `paper`: alpha of s = max|w| / (qmax * alpha).
-# `fine`: dense where the optimum of bell-shaped rows lies; both contain 1, so that neither
-# can be worse than `max`.
+# `fine`: dense where the optimum of bell-shaped rows lies. absmax / qmax itself is always
+# tried first, so that no grid is worse than `max`.
 GRIDS: dict[Grid, tuple[float, ...]] = {
-    "max": (1.0,),
+    "max": (),
     "paper": tuple(1.0 / alpha for alpha in (0.5, 0.75, 1.0, 1.25, 1.5)),
     "fine": tuple(0.5 + 0.05 * i for i in range(12)),
 }
@@ -86,19 +86,17 @@ def weight_scales(
     if group is not None and group < 1:
         raise NumericsError(f"a group must have at least one column, not {group}")
     blocks = split_groups(weight, group)
-    peak = blocks.abs().amax(-1)
-    best_scale = storable(peak / qrange(bits)[1], store)
-    if GRIDS[grid] == (1.0,):
-        return best_scale
-    best_error = torch.full_like(peak, float("inf"))
-    largest_step = best_scale
+    absmax_scale = blocks.abs().amax(-1) / qrange(bits)[1]
+    _check_storable(absmax_scale, store)
+    best_scale = storable(absmax_scale, store)
+    best_error = rounding_error(blocks, best_scale, bits)
     for fraction in GRIDS[grid]:
-        scale = storable(peak * (fraction / qrange(bits)[1]), store)
+        scale = storable(absmax_scale * fraction, store)
         error = rounding_error(blocks, scale, bits)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    return torch.where(peak > 0, best_scale, largest_step)
+    return best_scale
 
 
 def rounding_error(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -110,23 +108,26 @@ def rounding_error(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def storable(scale: Tensor, store: torch.dtype | None) -> Tensor:
-    """`scale` rounded to dtype `store` and back; zeros become 1.
+    """`scale` rounded to dtype `store` (its own if None) and back; zeros become 1.
 
-    A scale too small for `store` among larger ones becomes its smallest number: the weights
-    it stands for vanish against the layer's. If the whole layer is that small, or too large,
-    NumericsError says so.
+    A scale below the smallest number of `store` becomes that number: next to a layer's other
+    scales (`weight_scales` refuses a layer of nothing else) its weights vanish.
     """
-    positive = scale > 0
-    if store is None:
-        tiny = torch.finfo(scale.dtype).tiny
-        return torch.where(positive, scale.clamp_min(tiny), torch.ones_like(scale))
+    info = torch.finfo(scale.dtype if store is None else store)
+    smallest = info.tiny if store is None else info.smallest_normal * info.eps  # subnormal
+    rounded = scale.clamp(smallest, info.max)
+    if store is not None:
+        rounded = rounded.to(store).to(scale.dtype)
+    return torch.where(scale > 0, rounded, torch.ones_like(scale))
+
+
+def _check_storable(scale: Tensor, store: torch.dtype | None) -> None:
     largest = float(scale.max())
+    if store is None or largest == 0:
+        return
     if largest > torch.finfo(store).max:
         raise NumericsError(f"a weight scale of {largest:.3g} overflows {store}; rescale the layer")
-    if 0 < largest < SMALLEST_STORED_STEP:
+    if largest < SMALLEST_STORED_STEP:
         raise NumericsError(
             f"weight scales of at most {largest:.3g} are lost in {store}; rescale the layer"
         )
-    smallest = torch.finfo(store).smallest_normal * torch.finfo(store).eps  # subnormal
-    rounded = scale.clamp_min(smallest).to(store).to(scale.dtype)
-    return torch.where(positive, rounded, torch.ones_like(scale))

@@ -70,7 +70,7 @@ def quantize_layer(
         rotated = transform.weight(weight)
         output_rotation = None
         if scheme.output_rotation:
-            output_rotation = build_output_rotation(rotated, scheme.rotation.block).to(HALF)
+            output_rotation = build_output_rotation(weight, scheme.rotation.block).to(HALF)
             rotated = apply_output_rotation(rotated, output_rotation.float())
         a, b, rotated = _split(rotated, scheme.weight.rank)
         q, scale = round_to_grid(rotated, scheme, stats, transform)
