@@ -1,0 +1,75 @@
+"""Putting a pack into the policy that it was made from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from omega_qvla.errors import PackError
+from omega_qvla.modules.linear import QuantLinear, replace_linears
+from omega_qvla.pack.manifest import Manifest
+from omega_qvla.pack.merge import differing_tensors
+from omega_qvla.pack.reader import Pack, read_pack
+from omega_qvla.policies.base import Policy
+from omega_qvla.policies.registry import source_hashes
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What was put in place: the backend that runs it, whether on integers, and how much."""
+
+    backend: str
+    native: bool
+    layers: int
+    layer_bytes: int
+    layer_bytes_16bit: int
+
+
+def apply_pack(
+    policy: Policy, pack: Pack | str | os.PathLike[str], backend: str = "auto"
+) -> ApplyReport:
+    """Replace the linears of `policy` that `pack` holds, in place.
+
+    Everything is checked before anything is replaced.
+
+    Raises:
+        PackError: the file is damaged (when given a path), or made from another checkpoint
+            (the tensors that differ are named), family or step count, or the policy already
+            has quantized layers.
+        BackendError: the backend cannot run it.
+    """
+    pack = pack if isinstance(pack, Pack) else read_pack(pack)
+    check_source(policy, pack.manifest)
+    used = replace_linears(policy.module, pack.layers, backend)
+    sizes = pack.sizes()
+    return ApplyReport(
+        backend=used.name,
+        native=used.capabilities().native,
+        layers=len(pack.layers),
+        layer_bytes=sizes.layer_bytes,
+        layer_bytes_16bit=sizes.layer_bytes_16bit,
+    )
+
+
+def check_source(policy: Policy, manifest: Manifest) -> None:
+    """Raise PackError unless a pack with this manifest was made from this very policy."""
+    if policy.family != manifest.family:
+        raise PackError(
+            f"this is a pack of a {manifest.family} policy, the checkpoint is {policy.family}"
+        )
+    if any(isinstance(module, QuantLinear) for module in policy.module.modules()):
+        raise PackError("the policy already has quantized layers; load its checkpoint again")
+    differing = differing_tensors(manifest.source, source_hashes(policy))
+    if differing:
+        named = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise PackError(
+            f"this pack was made from another checkpoint: {len(differing)} of "
+            f"{len(manifest.source)} tensors differ: {named}; quantize this checkpoint anew"
+        )
+    for name, layer in manifest.layers.items():
+        tabled = layer.scheme.activation.static and layer.num_steps is not None
+        if tabled and layer.num_steps != policy.num_steps:
+            raise PackError(
+                f"layer {name} was calibrated for {layer.num_steps} denoising steps, the policy "
+                f"runs {policy.num_steps}; quantize with num_steps={policy.num_steps}"
+            )

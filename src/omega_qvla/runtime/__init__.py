@@ -1,0 +1,1 @@
+"""Running a policy: nothing here needs a simulator or calibration code."""

@@ -1,0 +1,78 @@
+"""Engine: a checkpoint and a pack in, checked action chunks out."""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omega_qvla.errors import ActionError
+from omega_qvla.pack.apply import ApplyReport, apply_pack
+from omega_qvla.pack.reader import read_pack
+from omega_qvla.policies.base import Policy, check_actions
+from omega_qvla.policies.observation import Observation
+from omega_qvla.policies.registry import load_policy
+
+
+class Engine:
+    """A policy ready to act, quantized or not.
+
+    Attributes:
+        policy: the policy, its linears replaced if there is a pack.
+        report: what runs it, or None in full precision.
+    """
+
+    def __init__(self, policy: Policy, report: ApplyReport | None = None) -> None:
+        self.policy = policy
+        self.report = report
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        pack: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a checkpoint directory and, if given, put its pack in place.
+
+        The pack is read and proved before the (larger) checkpoint is touched.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or of no known family.
+            PackError: the pack is damaged or of another checkpoint.
+            BackendError: `backend` cannot run the pack here.
+        """
+        read = None if pack is None else read_pack(pack)
+        policy = load_policy(checkpoint, device=device, dtype=dtype)
+        return cls(policy, None if read is None else apply_pack(policy, read, backend))
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend of the quantized layers; "none" in full precision."""
+        return "none" if self.report is None else self.report.backend
+
+    def infer(
+        self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
+    ) -> np.ndarray:
+        """One action chunk, float32 [H, action_dim] in raw units.
+
+        Args:
+            observation: raw images, state and instruction.
+            seed: of the noise, where `noise` is not given.
+            noise: [H, A], standard normal.
+
+        Raises:
+            ObservationError: the observation does not fit the policy.
+            ActionError: the chunk has a wrong shape or a value that is not finite.
+        """
+        actions = self.policy.infer(observation, seed=seed, noise=noise)
+        expected = (self.policy.action_horizon, self.policy.action_dim)
+        if actions.shape != expected:
+            raise ActionError(f"the policy produced actions {actions.shape}, expected {expected}")
+        check_actions(actions)
+        return actions
