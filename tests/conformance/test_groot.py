@@ -144,7 +144,7 @@ def test_per_sample_times_and_repeats(head_case: HeadCase) -> None:
     for steps in head_case.step_counts():
         x_t = head_case.recorded(steps, "x_t").transpose(0, 1).flatten(0, 1)
         buckets = head_case.recorded(steps, "timesteps").repeat(prefix.batch)
-        velocity = head.velocity(prefix.repeat(steps), x_t, head.model.conditioning(buckets))
+        velocity = head.velocity(prefix.repeat(steps), x_t, head.conditioning(buckets))
         expected = head_case.recorded(steps, "velocity").transpose(0, 1).flatten(0, 1)
         assert_close(velocity, expected, f"{steps} steps at once")
 

@@ -117,10 +117,14 @@ class ActionHead(nn.Module):
         scale = self.config.num_timestep_buckets
         return torch.tensor([int(s / float(num_steps) * scale) for s in range(num_steps)])
 
+    def conditioning(self, buckets: Tensor) -> StepConditioning:
+        """Time conditioning of the buckets int64 [N]; depends on the weights alone."""
+        return self.model.conditioning(buckets, self.dtype)
+
     def step_conditioning(self, num_steps: int) -> StepConditioning:
-        """Time conditioning of all steps of a trajectory; depends on the weights alone."""
+        """Time conditioning of all steps of a trajectory at once; `.at(s)` is one step's."""
         device = self.future_tokens.weight.device
-        return self.model.conditioning(self.buckets(num_steps).to(device))
+        return self.conditioning(self.buckets(num_steps).to(device))
 
     def tokens(self, prefix: Prefix, x_t: Tensor, tau: Tensor) -> Tensor:
         """[state | future | action] tokens [N, 1 + F + H, width] of x_t [N, H, A]."""
@@ -134,7 +138,7 @@ class ActionHead(nn.Module):
         """The flow's velocity [N, H, A] (towards the data) at x_t [N, H, A].
 
         `conditioning` is of one time for all (`step_conditioning(n).at(s)`), or of one time per
-        entry of x_t (`model.conditioning(buckets [N])`, for training).
+        entry of x_t (`conditioning(buckets [N])`, for training).
         """
         tokens = self.tokens(prefix, x_t, conditioning.tau)
         hidden = self.model(
@@ -183,7 +187,7 @@ class ActionHead(nn.Module):
             for name, module in (self.vl_self_attention or nn.Module()).named_modules()
             if hasattr(module, "in_features")
         ]
-        for i, block in enumerate(self.model.transformer_blocks):
+        for i, block in enumerate(self.model.blocks):
             here = f"model.transformer_blocks.{i}"
             names.append(f"{here}.norm1.linear")
             if block.cross:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
 
 from omega_qvla.policies.groot_n15.blocks import Attention, FeedForward, KeyValue
 from omega_qvla.policies.groot_n15.config import TransformerConfig
@@ -33,7 +35,8 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, code: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(code)))
+        out: Tensor = self.linear_2(silu(self.linear_1(code)))
+        return out
 
 
 class TimestepEncoder(nn.Module):
@@ -44,7 +47,8 @@ class TimestepEncoder(nn.Module):
         self.timestep_embedder = TimestepEmbedder(width)
 
     def forward(self, buckets: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.timestep_embedder(timestep_code(buckets).to(dtype))
+        out: Tensor = self.timestep_embedder(timestep_code(buckets).to(dtype))
+        return out
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -57,8 +61,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
     gain, shift = (1 + scale).to(x.dtype), shift.to(x.dtype)
     width = (x.shape[-1],)
     if gain.shape[0] == 1:
-        return F.layer_norm(x, width, gain[0], shift[0], eps)
-    normed = F.layer_norm(x, width, eps=eps)
+        return layer_norm(x, width, gain[0], shift[0], eps)
+    normed = layer_norm(x, width, eps=eps)
     return torch.addcmul(shift[:, None], normed, gain[:, None])
 
 
@@ -147,7 +151,8 @@ class DiTBlock(nn.Module):
         if keep is not None:
             x, normed = x[:, -keep:], normed[:, -keep:]
         x = x + self.attn1(normed, key_value, mask)
-        return x + self.ff(F.layer_norm(x, (x.shape[-1],), eps=1e-5))
+        out: Tensor = x + self.ff(layer_norm(x, (x.shape[-1],), eps=1e-5))
+        return out
 
 
 class DiT(nn.Module):
@@ -156,6 +161,7 @@ class DiT(nn.Module):
     def __init__(self, config: TransformerConfig, output_dim: int) -> None:
         super().__init__()
         width = config.inner_dim
+        self.width = width
         self.timestep_encoder = TimestepEncoder(width)
         self.transformer_blocks = nn.ModuleList(
             DiTBlock(config, cross=not (config.interleave_self_attention and i % 2 == 1))
@@ -164,15 +170,18 @@ class DiT(nn.Module):
         self.proj_out_1 = nn.Linear(width, 2 * width)
         self.proj_out_2 = nn.Linear(width, output_dim)
 
-    def conditioning(self, buckets: Tensor) -> StepConditioning:
+    @property
+    def blocks(self) -> tuple[DiTBlock, ...]:
+        return tuple(cast(Iterable[DiTBlock], self.transformer_blocks))
+
+    def conditioning(self, buckets: Tensor, dtype: torch.dtype) -> StepConditioning:
         """Time conditioning of buckets [N], for a trajectory's steps or a training batch."""
-        dtype, width = self.proj_out_1.weight.dtype, self.proj_out_1.in_features
-        activated = F.silu(self.timestep_encoder(buckets, dtype))
-        pairs = [block.norm1.modulation(activated) for block in self.transformer_blocks]
+        activated = silu(self.timestep_encoder(buckets, dtype))
+        pairs = [block.norm1.modulation(activated) for block in self.blocks]
         out_shift, out_scale = self.proj_out_1(activated).chunk(2, dim=-1)
         return StepConditioning(
             buckets=buckets,
-            tau=action_time_code(buckets, width).to(dtype),
+            tau=action_time_code(buckets, self.width).to(dtype),
             scales=torch.stack([scale for scale, _ in pairs]),
             shifts=torch.stack([shift for _, shift in pairs]),
             out_shift=out_shift,
@@ -182,8 +191,7 @@ class DiT(nn.Module):
     def cross_key_values(self, features: Tensor) -> tuple[KeyValue | None, ...]:
         """Per block, keys and values of the VL features [B, L, D]; None for self-attention."""
         return tuple(
-            block.attn1.key_value(features) if block.cross else None
-            for block in self.transformer_blocks
+            block.attn1.key_value(features) if block.cross else None for block in self.blocks
         )
 
     def forward(
@@ -202,11 +210,12 @@ class DiT(nn.Module):
             mask: bool [B, 1, 1, L], True where a VL feature may be attended.
             keep: how many of the last tokens the caller needs; the last block computes no more.
         """
-        last = len(self.transformer_blocks) - 1
+        last = len(self.blocks) - 1
         x = tokens
-        for i, block in enumerate(self.transformer_blocks):
+        for i, block in enumerate(self.blocks):
             scale, shift = conditioning.scales[i], conditioning.shifts[i]
             kept = keep if i == last else None
             x = block(x, scale, shift, key_values[i], mask, kept)
         x = modulated_norm(x, conditioning.out_scale, conditioning.out_shift, 1e-6)
-        return self.proj_out_2(x)
+        out: Tensor = self.proj_out_2(x)
+        return out

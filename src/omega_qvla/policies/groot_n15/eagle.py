@@ -19,7 +19,8 @@ class VisionTower(nn.Module):
         self.vision_model = SiglipVisionModel(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.vision_model(pixel_values)
+        out: Tensor = self.vision_model(pixel_values)
+        return out
 
 
 class LanguageModel(nn.Module):
@@ -30,7 +31,8 @@ class LanguageModel(nn.Module):
         self.model = Qwen3Model(config, num_layers)
 
     def forward(self, embeddings: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.model(embeddings, valid)
+        out: Tensor = self.model(embeddings, valid)
+        return out
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
@@ -75,7 +77,8 @@ class EagleModel(nn.Module):
         hidden = self.vision_model(pixel_values.to(weight.dtype))
         if self.config.use_pixel_shuffle:
             hidden = pixel_shuffle(hidden, self.config.shuffle_factor)
-        return self.mlp1(hidden)
+        out: Tensor = self.mlp1(hidden)
+        return out
 
     def embed(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Token embeddings [B, L, D] with the image tokens written over their placeholders.
@@ -87,13 +90,15 @@ class EagleModel(nn.Module):
         places = input_ids == self.config.image_token_index
         if not torch.compiler.is_compiling():
             _check_places(places, images)
-        text = self.language_model.model.embed_tokens(input_ids)
+        text: Tensor = self.language_model.model.embed_tokens(input_ids)
         return text.masked_scatter(places[..., None], images.to(text.dtype))
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        return self.language_model(self.embed(pixel_values, input_ids), attention_mask)
+        embeddings = self.embed(pixel_values, input_ids)
+        out: Tensor = self.language_model(embeddings, attention_mask)
+        return out
 
 
 def _check_places(places: Tensor, images: Tensor) -> None:
@@ -132,4 +137,5 @@ class EagleBackbone(nn.Module):
             input_ids: int64 [B, L] with `image_token_index` where image tokens go.
             attention_mask: [B, L], nonzero where a token is real; None: all are.
         """
-        return self.eagle_linear(self.eagle_model(pixel_values, input_ids, attention_mask))
+        out: Tensor = self.eagle_linear(self.eagle_model(pixel_values, input_ids, attention_mask))
+        return out

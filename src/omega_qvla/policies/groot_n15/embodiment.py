@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import relu, silu
 
 
 class CategoryWeights(NamedTuple):
@@ -67,7 +67,7 @@ class CategoryMLP(nn.Module):
 
     @staticmethod
     def apply_selected(x: Tensor, layers: tuple[CategoryWeights, CategoryWeights]) -> Tensor:
-        return category_linear(F.relu(category_linear(x, layers[0])), layers[1])
+        return category_linear(relu(category_linear(x, layers[0])), layers[1])
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [B, T, in], ids [B] or [1], to [B, T, out]."""
@@ -109,4 +109,4 @@ class ActionEncoder(nn.Module):
         mixed = category_matmul(hidden, w2.weight[:, :width])
         if 1 < time.shape[0] < mixed.shape[0]:
             time = time.repeat_interleave(mixed.shape[0] // time.shape[0], dim=0)
-        return category_linear(F.silu(mixed + time), w3)
+        return category_linear(silu(mixed + time), w3)

@@ -34,7 +34,7 @@ def _stack_depth(model: GrootModel, name: str) -> int:
     return 1
 
 
-def initialize(model: GrootModel, seed: int) -> None:
+def init_weights(model: GrootModel, seed: int) -> None:
     """Fill `model` with initial weights, reproducibly.
 
     Normal with variance 1/fan-in; residual outputs divided by sqrt(2 x depth), so that the

@@ -65,7 +65,7 @@ class GrootModel(nn.Module):
 
     def conditioning(self, buckets: Tensor) -> StepConditioning:
         """Time conditioning of buckets int64 [N] (training: one per entry of x_t)."""
-        return self.action_head.model.conditioning(buckets)
+        return self.action_head.conditioning(buckets)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, conditioning: StepConditioning) -> Tensor:
         """Velocity [N, H, A] at x_t [N, H, A]; see `ActionHead.velocity`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from omega_qvla.policies.groot_n15.blocks import attend
 from omega_qvla.policies.groot_n15.config import Qwen3Config
 
 
@@ -20,7 +21,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        out: Tensor = self.weight * normed.to(x.dtype)
+        return out
 
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -36,7 +38,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Apply the rotary `table` [2, L, head_dim] to x [B, heads, L, head_dim]."""
     cos, sin = table.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned
 
 
 class Qwen3Attention(nn.Module):
@@ -59,15 +62,9 @@ class Qwen3Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            rotate(q, table),
-            rotate(k, table),
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        attended = attend(rotate(q, table), rotate(k, table), v, mask, causal=mask is None)
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class Qwen3MLP(nn.Module):
@@ -81,7 +78,8 @@ class Qwen3MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Qwen3Layer(nn.Module):
@@ -96,7 +94,8 @@ class Qwen3Layer(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 def causal_mask(valid: Tensor) -> Tensor:
@@ -137,4 +136,5 @@ class Qwen3Model(nn.Module):
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, table, mask)
-        return self.norm(hidden)
+        out: Tensor = self.norm(hidden)
+        return out

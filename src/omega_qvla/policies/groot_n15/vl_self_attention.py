@@ -22,7 +22,8 @@ class SelfAttentionBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attn1(normed, self.attn1.key_value(normed), mask)
-        return x + self.ff(self.norm3(x))
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
 
 
 class VLSelfAttention(nn.Module):
