@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from omega_qvla.policies.groot_n15.config import GrootConfig
-from omega_qvla.policies.groot_n15.init import initialize
+from omega_qvla.policies.groot_n15.init import init_weights as init_groot
 from omega_qvla.policies.groot_n15.model import GrootModel
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
 from omega_qvla.policies.groot_n15.processor import GrootProcessor
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.init import init_weights
+from omega_qvla.policies.pi05.init import init_weights as init_pi05
 from omega_qvla.policies.pi05.model import Pi05Model
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.pi05.processor import Pi05Processor
@@ -79,7 +79,7 @@ def tiny_pi05(seed: int = 0, num_steps: int = 10) -> Pi05Policy:
         }
     )
     model = Pi05Model(config)
-    init_weights(model, seed)
+    init_pi05(model, seed)
     _disturb(model, seed + 1)
     state, actions = _statistics(seed)
     processor = Pi05Processor.create(config, tokenizer, state, actions, CAMERAS)
@@ -139,7 +139,7 @@ def tiny_groot(seed: int = 0, num_steps: int = 4) -> GrootPolicy:
         }
     )
     model = GrootModel(config)
-    initialize(model, seed)
+    init_groot(model, seed)
     _disturb(model, seed + 1)
     state, actions = _statistics(seed)
     processor = GrootProcessor.create(config, tokenizer, state, actions, CAMERAS, embodiment_id=1)

@@ -50,12 +50,14 @@ class Producer:
         `adaptive` a linear layer whose first two output chunks are (scale, shift) of a norm
                    applied as x * (1 + scale) + shift
     name: qualified name in `policy.module`. heads: of `rows` that reach the site through
-    attention with shared value heads.
+    attention with shared value heads. also: layers whose rows are the same channels (attention
+    over two streams mixes the values of both) and must be scaled alike.
     """
 
     kind: Literal["norm", "norm1", "rows", "adaptive"]
     name: str
     heads: Heads | None = None
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,14 @@ class Site:
     """Linear layers that read the same input, and what produces it.
 
     producer is None where no exact per-channel scaling can be folded (a residual stream, the
-    output of a GELU, a norm without weights).
+    output of a GELU, a norm without weights), or only together with another site.
+    coupled: layers with another input that comes from the same producer; their columns are
+    scaled with the consumers'.
     """
 
     consumers: tuple[str, ...]
     producer: Producer | None
+    coupled: tuple[str, ...] = ()
 
 
 class Policy(Protocol):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from omega_qvla.errors import ObservationError
 from omega_qvla.policies.observation import Observation
@@ -106,5 +106,5 @@ def crop_and_resize(image: Tensor, size: int, crop: float | None) -> Tensor:
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
     """[h, w, 3] to float32 [height, width, 3], antialiased bilinear."""
     planes = image.movedim(-1, 0)[None].float()
-    resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    resized = functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
     return resized[0].movedim(0, -1)

@@ -119,6 +119,8 @@ class GrootPolicy(PolicyBase):
 
     def _dit_sites(self) -> list[Site]:
         sites: list[Site] = []
+        dit = self.model.config.action_head.diffusion
+        heads = Heads(dit.num_attention_heads, dit.num_attention_heads, dit.attention_head_dim)
         shared: list[str] = []  # every cross block's keys and values read the same features
         for i, block in enumerate(self.model.action_head.model.transformer_blocks):
             here = f"{_DIT}.transformer_blocks.{i}"
@@ -129,7 +131,7 @@ class GrootPolicy(PolicyBase):
             readers = (query,) if cross else (query, *key_value)
             sites += [
                 Site(readers, Producer("adaptive", f"{here}.norm1.linear")),
-                Site((f"{here}.attn1.to_out.0",), Producer("rows", f"{here}.attn1.to_v")),
+                Site((f"{here}.attn1.to_out.0",), Producer("rows", f"{here}.attn1.to_v", heads)),
                 Site((f"{here}.ff.net.0.proj",), None),
                 Site((f"{here}.ff.net.2",), None),
             ]

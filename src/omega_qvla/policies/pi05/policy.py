@@ -98,26 +98,37 @@ class Pi05Policy(PolicyBase):
 
     def sites(self) -> tuple[Site, ...]:
         config = self.model.config
-        backbone = _gemma_sites(_LANGUAGE, config.vlm, adaptive=False)
-        return backbone + _gemma_sites(_EXPERT, config.expert, adaptive=True)
+        backbone = _gemma_sites(_LANGUAGE, config.vlm, adaptive=False, other=_EXPERT)
+        return backbone + _gemma_sites(_EXPERT, config.expert, adaptive=True, other=None)
 
 
-def _gemma_sites(stack: str, config: GemmaConfig, *, adaptive: bool) -> tuple[Site, ...]:
-    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+def _gemma_sites(
+    stack: str, config: GemmaConfig, *, adaptive: bool, other: str | None
+) -> tuple[Site, ...]:
     sites = []
     for i in range(config.depth):
         layer = f"{stack}.layers.{i}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         before = _norm_producer(f"{layer}.input_layernorm", adaptive)
         after = _norm_producer(f"{layer}.post_attention_layernorm", adaptive)
-        value = Producer("rows", f"{attention}.v_proj", heads)
         sites += [
             Site(tuple(f"{attention}.{n}_proj" for n in "qkv"), before),
-            Site((f"{attention}.o_proj",), value),
+            _output_site(attention, config, f"{other}.layers.{i}.self_attn" if other else None),
             Site((f"{mlp}.gate_proj", f"{mlp}.up_proj"), after),
             Site((f"{mlp}.down_proj",), Producer("rows", f"{mlp}.up_proj")),
         ]
     return tuple(sites)
+
+
+def _output_site(attention: str, config: GemmaConfig, other: str | None) -> Site:
+    """The input of o_proj. The expert attends to the language model's values and its own, so
+    one scaling covers both values and both o_proj; it is listed with the language model's."""
+    output = (f"{attention}.o_proj",)
+    if other is None:
+        return Site(output, None)
+    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+    value = Producer("rows", f"{attention}.v_proj", heads, also=(f"{other}.v_proj",))
+    return Site(output, value, coupled=(f"{other}.o_proj",))
 
 
 def _norm_producer(name: str, adaptive: bool) -> Producer:

@@ -1,0 +1,193 @@
+"""Reading and writing the weights of a checkpoint in the original families' layouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from omega_qvla.errors import CheckpointError
+from omega_qvla.policies.files import read_json, write_atomically
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family's file differs from the network's state dict.
+
+    family: its name; signature: regexes that must all find a tensor in such a file.
+    tied: name in the file -> name in the network, for a matrix stored under either or both.
+    stored_tied: whether writing uses the file's name (as `safetensors.save_model` does).
+    unused: regex of tensors in the file that inference never reads.
+    wide: regex of tensors that stay float32 when a narrower dtype is asked for.
+    """
+
+    family: str
+    signature: tuple[str, ...]
+    tied: Mapping[str, str]
+    stored_tied: bool
+    unused: str
+    wide: str | None = None
+
+
+_LANGUAGE = "backbone.eagle_model.language_model"
+
+PI05 = Layout(
+    family="pi05",
+    signature=(
+        r"^time_mlp_in\.weight$",
+        r"^paligemma_with_expert\.gemma_expert\..*\.dense\.weight$",
+    ),
+    tied={
+        "paligemma_with_expert.paligemma.lm_head.weight": (
+            "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+        )
+    },
+    stored_tied=True,
+    unused=r"^paligemma_with_expert\.gemma_expert\.lm_head\.weight$",
+    # openpi's run-time mix (gemma_pytorch.py, to_bfloat16_for_selected_params).
+    wide=(
+        r"^(?!paligemma_with_expert\.)|patch_embedding|position_embedding|input_layernorm"
+        r"|post_attention_layernorm|model\.norm"
+    ),
+)
+GROOT = Layout(
+    family="groot_n15",
+    signature=(r"^backbone\.eagle_model\.", r"^action_head\.model\.transformer_blocks\."),
+    tied={f"{_LANGUAGE}.lm_head.weight": f"{_LANGUAGE}.model.embed_tokens.weight"},
+    stored_tied=False,
+    unused=r"^backbone\.eagle_model\.vision_model\.vision_model\.head\.",
+)
+LAYOUTS = (PI05, GROOT)
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it. Raises CheckpointError on missing or broken files."""
+    index = path / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        files = sorted({path / str(name) for name in weight_map.values()})
+    else:
+        files = [path / WEIGHTS]
+    found: dict[str, Path] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: not a complete checkpoint")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found |= dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    return found
+
+
+def detect_layout(names: Mapping[str, Path], path: Path) -> Layout:
+    """The family whose tensors these are. Raises CheckpointError."""
+    for layout in LAYOUTS:
+        if all(any(re.search(s, name) for name in names) for s in layout.signature):
+            return layout
+    hint = ""
+    if any("action_time_mlp_in" in name for name in names):
+        hint = ". It looks like pi0, whose head is another network"
+    raise CheckpointError(
+        f"{path} holds neither a pi0.5 (openpi layout) nor a GR00T N1.5 (Isaac layout) policy; "
+        f"its tensors are called {', '.join(sorted(names)[:3])}, ...{hint}"
+    )
+
+
+def read_weights(
+    files: Mapping[str, Path],
+    layout: Layout,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Load tensors into `model` (which may be on the meta device), strictly.
+
+    Args:
+        files: from `tensor_files`.
+        model: its state dict names and shapes are what the file must have, no more, no less.
+        device, dtype: where and as what; `layout.wide` tensors stay float32 at least.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, of a wrong shape, or tied and unequal.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sources = _resolve_names(files, layout, wanted)
+    loaded: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as handle:
+            for stored, name in sources.items():
+                if files[stored] != file:
+                    continue
+                shape = tuple(handle.get_slice(stored).get_shape())
+                if shape != wanted[name]:
+                    raise CheckpointError(
+                        f"{stored} has shape {list(shape)}, config.json asks for "
+                        f"{list(wanted[name])}"
+                    )
+                tensor = _cast(handle.get_tensor(stored), name, layout, device, dtype)
+                if name in loaded and not torch.equal(loaded[name], tensor):
+                    raise CheckpointError(f"{stored} and {name} are tied but differ")
+                loaded[name] = tensor
+    model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def _cast(
+    tensor: Tensor, name: str, layout: Layout, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    if layout.wide is not None and dtype.itemsize < 4 and re.search(layout.wide, name):
+        dtype = torch.float32
+    # A clone where nothing else copies: otherwise the file stays mapped and open.
+    return tensor.to(device, dtype, copy=True)
+
+
+def _resolve_names(
+    files: Mapping[str, Path], layout: Layout, wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Stored name -> name in the network."""
+    sources, unknown = {}, []
+    for stored in files:
+        name = layout.tied.get(stored, stored)
+        if name in wanted:
+            sources[stored] = name
+        elif not re.search(layout.unused, stored):
+            unknown.append(stored)
+    missing = sorted(set(wanted) - set(sources.values()))
+    faults = [f"missing {_some(missing)}"] if missing else []
+    faults += [f"unknown {_some(sorted(unknown))}"] if unknown else []
+    if faults:
+        raise CheckpointError(
+            f"the tensors do not fit the {layout.family} network of config.json: "
+            + "; ".join(faults)
+        )
+    return sources
+
+
+def write_weights(path: Path, layout: Layout, model: nn.Module, dtype: torch.dtype) -> None:
+    """Write `model.safetensors` with every tensor as `dtype`, atomically.
+
+    The tie is recorded in the metadata as `safetensors.save_model` does it.
+    """
+    names = {name: stored for stored, name in layout.tied.items()} if layout.stored_tied else {}
+    state = {
+        names.get(name, name): tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    metadata = {"format": "pt", **names}
+    write_atomically(path / WEIGHTS, lambda file: save_file(state, file, metadata))
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
