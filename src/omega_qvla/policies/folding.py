@@ -33,7 +33,7 @@ def producer_gain(module: nn.Module, site: Site) -> Tensor:
         scale = torch.zeros(width) if bias is None else bias[:width]
         return (1 + scale.double()).abs()
     if producer.kind == "rows":
-        return weight.norm(dim=1)
+        return weight.square().sum(dim=1).sqrt()
     return (weight + 1 if producer.kind == "norm1" else weight).abs()
 
 

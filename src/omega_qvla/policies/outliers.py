@@ -45,8 +45,8 @@ def add_outliers(
 
     Channels are drawn among those whose producer weights are of ordinary size, so that the
     measured ratio of channel maximum to median comes out near the factor. The strongest
-    factor of a site is `ratio` (half of it behind a gated product), the others log-uniform down to a quarter of it, all rounded
-    down to powers of two.
+    factor of a site is `ratio` (half of it behind a gated product), the others log-uniform
+    down to a quarter of that, all rounded down to powers of two.
 
     Args:
         policy: not quantized, weights in 32 bits where folding needs it.
