@@ -178,7 +178,9 @@ def _origin(
             raise CalibrationError(
                 "this recipe needs calibration: give samples, or a calibration of this checkpoint"
             )
-        return provenance(policy, samples, num_steps=num_steps, token_cap=token_cap, seed=seed)
+        return provenance(
+            policy, samples, num_steps=num_steps, token_cap=token_cap, seed=seed, source=source
+        )
     origin = dict(calibration.provenance)
     if origin.get("checkpoint_sha256") != source_digest(source):
         raise CalibrationError(

@@ -184,8 +184,13 @@ def provenance(
     num_steps: int | None = None,
     token_cap: int = DEFAULT_TOKEN_CAP,
     seed: int = 0,
+    source: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a calibration with these arguments is made from; it determines its statistics."""
+    """What a calibration with these arguments is made from; it determines its statistics.
+
+    source: `source_hashes(policy)`, where the caller already has them.
+    """
+    source = source_hashes(policy) if source is None else source
     return {
         "source": samples.source,
         "count": len(samples),
@@ -194,7 +199,7 @@ def provenance(
         "num_steps": policy.num_steps if num_steps is None else num_steps,
         "samples": [[meta.task, meta.episode, meta.step] for meta in samples.meta],
         "observations_sha256": samples.digest(),
-        "checkpoint_sha256": source_digest(source_hashes(policy)),
+        "checkpoint_sha256": source_digest(source),
     }
 
 

@@ -89,7 +89,7 @@ def _sync_directory(path: Path) -> None:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, C order, little endian, without a copy where it is on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class PartialBuild:
     """
 
     def __init__(self, out: Path, manifest: Manifest, names: Sequence[str]) -> None:
+        self._out = out
         self.path = out.with_name(f"{out.name}.partial")
         self._manifest = dataclasses.replace(
             manifest, source={}, recipe={}, calibration={}, config={}
@@ -86,7 +88,8 @@ class PartialBuild:
 
     def remove(self) -> None:
         """Delete what was kept (the binding last), and the directory if nothing else is in it."""
-        for file in (*self.path.glob("layer-*"), *self.path.glob(".*.tmp")):
+        leftovers = self._out.parent.glob(f".{glob.escape(self._out.name)}.*.tmp")  # of a SIGKILL
+        for file in (*self.path.glob("layer-*"), *self.path.glob(".*.tmp"), *leftovers):
             file.unlink()
         (self.path / _BINDING).unlink(missing_ok=True)
         if self.path.exists() and not any(self.path.iterdir()):

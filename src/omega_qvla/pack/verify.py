@@ -13,7 +13,7 @@ from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.metrics import nmse
 from omega_qvla.numerics.qparams import qrange
-from omega_qvla.numerics.rotation import apply_output_rotation
+from omega_qvla.numerics.rotation import apply_output_rotation, block_sizes
 from omega_qvla.numerics.rtn import dequantize
 from omega_qvla.pack.apply import check_source
 from omega_qvla.pack.manifest import Manifest
@@ -124,17 +124,19 @@ def _tensor_faults(layer: QuantizedLayer) -> Iterator[tuple[str, str]]:
             yield "permutation", "is none"
     if layer.signs is not None and not bool((layer.signs.abs() == 1).all()):
         yield "signs", "are not +-1"
-    for name in ("rotation", "output_rotation"):
+    widths = {"rotation": layer.in_features, "output_rotation": layer.out_features}
+    for name, width in widths.items():
         blocks = getattr(layer, name)
-        if blocks is not None and not _orthogonal(blocks.float()):
+        if blocks is not None and not _orthogonal(blocks.float(), width):
             yield name, "is not orthogonal"
 
 
-def _orthogonal(blocks: Tensor) -> bool:
+def _orthogonal(blocks: Tensor, width: int) -> bool:
+    """Whether [n_blocks, B, B] are orthogonal; a smaller tail block is padded with zeros."""
+    ideal = torch.zeros_like(blocks)
+    for i, size in enumerate(block_sizes(width, blocks.shape[-1])):
+        ideal[i, :size, :size] = torch.eye(size)
     gram = blocks.transpose(-1, -2) @ blocks
-    # A tail block is stored zero-padded: its unused diagonal is 0 instead of 1.
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ideal = torch.diag_embed((diagonal > 0.5).to(gram.dtype))
     return bool((gram - ideal).abs().max() < ORTHOGONALITY_LIMIT)
 
 
