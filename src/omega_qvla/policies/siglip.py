@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear
 
 from omega_qvla.errors import ConfigError, ObservationError
+from omega_qvla.policies.attention import attend
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class SiglipAttention(nn.Module):
         q, k, v = (
             proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 

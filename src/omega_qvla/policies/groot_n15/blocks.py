@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
+
+from omega_qvla.policies.attention import attend
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each [B, heads, L, head_dim]."""
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
-
-    On CPUs in 16 bit the plain products are twice as fast as torch's fused kernel forward and
-    ten times as fast backward (torch 2.13); everywhere else the fused kernel is used.
-
-    Args:
-        q: [B, heads, Q, head_dim].
-        k, v: [B, kv_heads, L, head_dim]; each serves heads / kv_heads consecutive heads of q.
-        mask: bool, broadcastable to [B, heads, Q, L], True where a key is attended.
-        causal: query i attends keys 0..i; not together with a mask.
-    """
-    group = q.shape[1] // k.shape[1]
-    if v.device.type != "cpu" or v.dtype == torch.float32:
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1
-        )
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    attended: Tensor = scores.softmax(-1).to(v.dtype) @ v
-    return attended
 
 
 class Attention(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from omega_qvla.policies.groot_n15.blocks import attend
+from omega_qvla.policies.attention import attend
 from omega_qvla.policies.groot_n15.config import Qwen3Config
 
 

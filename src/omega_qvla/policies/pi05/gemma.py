@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
+from omega_qvla.policies.attention import attend
 from omega_qvla.policies.pi05.config import GemmaConfig
 
 RMS_EPS = 1e-6
@@ -123,7 +124,7 @@ class Attention(nn.Module):
         q = self.queries(x, rope)
         if bias is not None:
             bias = bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        attended = attend(q, k, v, bias, scale=self.scale)
         return self.output(attended, x.shape[1])
 
     def attend_suffix(

@@ -1,0 +1,43 @@
+"""Write the averaged weights of a training run as a checkpoint in the original layout.
+
+    python training/export.py --run RUN --data DIR --out assets/pi05-metaworld
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from data import load_demonstrations
+from families import FAMILIES, make_family
+
+from omega_qvla.policies.registry import save_policy
+
+
+def export(run: Path, data: Path, out: Path) -> None:
+    """Load the run's averaged weights into a fresh policy and save it in 16 bit."""
+    state = torch.load(run / "state.pt", weights_only=True)
+    name = state["family"]
+    demos = load_demonstrations(data, FAMILIES[name].horizon)
+    family = make_family(name, demos, seed=0, compiled=False)
+    missing, unexpected = family.trainable.load_state_dict(state["average"], strict=False)
+    parameters = {n for n, _ in family.trainable.named_parameters()}
+    if unexpected or parameters & set(missing):
+        raise SystemExit(f"{run}: the state does not fit: {missing} {unexpected}")
+    save_policy(family.policy, out)
+    print(f"{out}: step {state['step']}, {state['elapsed'] / 60:.1f} minutes of training")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    export(args.run, args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()
