@@ -16,7 +16,7 @@ from omega_qvla.evaluation.records import Arm, Episode, Protocol
 
 #: Simulators by name; anything else is given as "module:function".
 ENVIRONMENTS: Mapping[str, str] = MappingProxyType(
-    {"metaworld": "omega_qvla.envs.metaworld:make_env"}
+    {"metaworld": "omega_qvla.envs.metaworld:MetaWorldEnv"}
 )
 
 
@@ -27,7 +27,8 @@ class Plan:
     arms, episodes: every arm plays every episode.
     protocol:       how an episode is played.
     env:            a name in `ENVIRONMENTS`, or "module:function"; the function takes
-                    the task and `env_options` and returns an `Env`.
+                    the task and `env_options` and returns an `Env`. The option of
+                    metaworld is `size`, the edge of the images in pixels.
     env_options:    keyword arguments of that function (JSON values).
     loader:         "module:function" that turns an `Arm` into a policy. Functions are
                     named, not passed: worker processes import them.

@@ -126,8 +126,7 @@ def _backbone_heatmap(views: list[DriftView]) -> str:
     ]
     towers = {stack for stack, _ in blocks}
     rows = [f"{stack if len(towers) > 1 else 'block'} {index}" for stack, index in blocks]
-    columns = [_kind_label(kind) for kind in kinds]
-    body = heatmap(rows, columns, panels, "drift of layers that run once")
+    body = heatmap(rows, _kind_labels(kinds), panels, "drift of layers that run once")
     return f"<h3>Layers that run once per observation</h3>{legend()}{body}"
 
 
@@ -153,10 +152,14 @@ def _row_labels(layers: list[LayerName]) -> list[str]:
     return labels
 
 
-def _kind_label(kind: str) -> str:
-    """`self_attn.q_proj` -> `q`: what fits over a narrow column."""
-    last = kind.removesuffix(".0").rsplit(".", 1)[-1]
-    return last.removesuffix("_proj").removeprefix("to_") or kind
+def _kind_labels(kinds: list[str]) -> list[str]:
+    """`self_attn.q_proj` -> `q`: what fits over a narrow column, more words where two agree."""
+    words = [kind.removesuffix(".0").split(".") for kind in kinds]
+    short = [word[-1].removesuffix("_proj").removeprefix("to_") or word[-1] for word in words]
+    return [
+        label if short.count(label) == 1 else ".".join([*word[-2:-1], label])
+        for label, word in zip(short, words, strict=True)
+    ]
 
 
 def _layer_figures(data: ReportData, kind: str) -> str:

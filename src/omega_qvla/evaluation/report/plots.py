@@ -34,7 +34,7 @@ def success_bars(data: ReportData) -> str:
         for row, column, family, variant, arms in groups:
             axis = axes[row, column]
             axis.set_visible(True)
-            axis.set_title(textwrap.fill(data.group_name(family, variant), 44))
+            axis.set_title(textwrap.fill(data.group_name(family, variant), 50))
             for position, (arm, values) in enumerate(arms.items()):
                 _success_bar(axis, position, values, colours[arm])
             axis.set_yticks(range(len(arms)), list(arms))
@@ -80,7 +80,7 @@ def cosine_plot(data: ReportData) -> str:
             mine = [entry for entry in entries if entry[:2] == (row, column)]
             axis = axes[row, column]
             axis.set_visible(True)
-            axis.set_title(textwrap.fill(data.group_name(*mine[0][2:4]), 44))
+            axis.set_title(textwrap.fill(data.group_name(*mine[0][2:4]), 50))
             for position, (*_, arm, cosine) in enumerate(mine):
                 _cosine_row(axis, position, cosine, colours[arm])
             axis.set_xscale("log")
