@@ -40,6 +40,7 @@ class Settings:
     average: float = 0.999
     seed: int = 0
     save_every: float = 120.0
+    compiled: bool = False
 
 
 def learning_rate(progress: float, peak: float, warmup: float = 0.02) -> float:
@@ -157,7 +158,7 @@ def train(settings: Settings) -> None:
     """Train until `settings.minutes` of training time have passed, saving as it goes."""
     horizon = FAMILIES[settings.family].horizon
     demos = load_demonstrations(settings.data, horizon)
-    family = make_family(settings.family, demos, settings.seed)
+    family = make_family(settings.family, demos, settings.seed, settings.compiled)
     run = Run(settings, family)
     training = torch.from_numpy((~demos.held_out).nonzero()[0])
     held_out = torch.from_numpy(demos.held_out.nonzero()[0])
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile the loss")
     args = vars(parser.parse_args())
     torch.set_num_threads(args.pop("threads"))
     train(Settings(**args))
