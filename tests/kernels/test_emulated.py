@@ -1,0 +1,225 @@
+"""The emulated backend equals the oracle for every scheme; its integer sums are exact."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+from numerics.problems import layer_weight, random, stats_of, tokens
+from omega_qvla.config.recipe import ActivationScheme, Rotation, Scheme, Smoothing, WeightScheme
+from omega_qvla.errors import StepError
+from omega_qvla.kernels import emulated, reference
+from omega_qvla.kernels.emulated import EmulatedBackend
+from omega_qvla.kernels.prologue import build_prologue
+from omega_qvla.kernels.reference import transform_input
+from omega_qvla.modules.step_context import Step
+from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.packing import pack_int4
+from omega_qvla.numerics.quantize_layer import quantize_layer
+
+CPU = torch.device("cpu")
+ROTATIONS = (
+    Rotation("none"),
+    Rotation("hadamard", block=32),
+    Rotation("hadamard", block=32, randomized=True),
+    Rotation("svd", block=32),
+    Rotation("svd_hadamard", block=32),
+    Rotation("full_hadamard"),
+    Rotation("full_hadamard", randomized=True, seed=2),
+)
+DYNAMIC = ("per_token", "per_token_group")
+STATIC = ("per_step_tensor", "per_step_group", "per_step_channel")
+KINDS = ("none", *DYNAMIC, *STATIC)
+
+
+def make(scheme: Scheme, width: int, steps: int | None, out: int = 40) -> QuantizedLayer:
+    weight, bias = layer_weight(out, width), random(out)
+    stats = stats_of(tokens(40, width, steps or 1))
+    return quantize_layer("l", "action_head", weight, bias, scheme, stats, steps)
+
+
+def agree(layer: QuantizedLayer, x: torch.Tensor, step: Step | None) -> None:
+    """Given the same x', equal up to float32 rounding; on the whole, but for a token or two in
+    which the last bit of an x' tipped a rounding.
+    """
+    expected = reference.linear(x, layer, step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            emulated, "build_prologue", lambda layer, _: partial(transform_input, layer=layer)
+        )
+        same_input = EmulatedBackend().prepare(layer, CPU)(x, step)
+    got = EmulatedBackend().prepare(layer, CPU)(x, step)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if expected.numel() == 0:
+        return
+    size = float(expected.abs().max())
+    assert float((same_input - expected).abs().max()) < 3e-6 * size
+    off = ((got - expected).abs() > 3e-6 * size).reshape(-1, layer.out_features).any(1)
+    assert int(off.sum()) <= 2
+    assert float((got - expected).abs().max()) < 0.1 * size
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [None, 48, 64])
+@pytest.mark.parametrize("width", [96, 112, 160])
+@pytest.mark.parametrize("extras", [False, True])
+def test_equals_the_oracle(
+    rotation: Rotation, kind: str, group: int | None, width: int, extras: bool
+) -> None:
+    """112 = 28 * 4 ends in a smaller rotation block and a short group; 64 and 48 cut unevenly."""
+    scheme = Scheme(
+        rotation=rotation,
+        weight=WeightScheme(group=group, rank=2 if extras else 0),
+        activation=ActivationScheme(kind, bits=8 if width == 96 else 4, group=32, clip=0.9),  # type: ignore[arg-type]
+        smoothing=Smoothing() if extras else None,
+        permutation=extras,
+        output_rotation=extras,
+    )
+    x = tokens(12, width, 3, seed=5)[1].view(2, 6, width)
+    agree(make(scheme, width, 3), x, Step(1, 3))
+    if not extras:
+        agree(make(scheme, width, None), x, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "width, act_group, group",
+    [(1, 64, None), (5, 2, 3), (7, 1, 1), (100, 64, 128), (130, 64, 128), (64, 128, None)],
+)
+def test_odd_widths_and_groups(kind: str, width: int, act_group: int, group: int | None) -> None:
+    scheme = Scheme(
+        rotation=Rotation("hadamard", block=16, randomized=True),
+        weight=WeightScheme(group=group),
+        activation=ActivationScheme(kind, group=act_group),  # type: ignore[arg-type]
+        permutation=True,
+        output_rotation=True,
+    )
+    layer = make(scheme, width, None, out=9)
+    for shape in ((1, width), (width,), (0, width), (2, 1, 3, width)):
+        agree(layer, random(*shape, seed=4), None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", [*DYNAMIC, "per_step_tensor", "per_step_group"])
+@pytest.mark.parametrize("group", [None, 64])
+def test_native_sums_are_exact_integers(kind: str, bits: int, group: int | None) -> None:
+    """With all scales 1 the result is the int64 product, bit for bit."""
+    width, out, qmax = 4096, 8, 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-qmax - 1, qmax + 1, (5, width), generator=generator)
+    x[0] = -qmax  # the largest sums there are
+    q = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
+    q[0] = -8
+    activation = ActivationScheme(kind, bits=bits, group=64)  # type: ignore[arg-type]
+    if kind in DYNAMIC:
+        x = x.clamp(-qmax, qmax)
+        x[:, ::64] = qmax  # absmax / qmax = 1 in every group
+    static = activation.static
+    scales = torch.ones(1, 1 if kind == "per_step_tensor" else width // 64)
+    layer = QuantizedLayer(
+        name="l",
+        side="backbone",
+        in_features=width,
+        out_features=out,
+        scheme=Scheme(weight=WeightScheme(group=group), activation=activation),
+        num_steps=None,
+        qweight=pack_int4(q),
+        weight_scale=torch.ones(out, 1 if group is None else width // group).half(),
+        act_scale=scales if static else None,
+    )
+    expected = (x @ q.long().T).float()
+    assert torch.equal(reference.linear(x.float(), layer, None), expected)
+    assert torch.equal(EmulatedBackend().prepare(layer, CPU)(x.float(), None), expected)
+
+
+def test_sums_too_large_for_float32_go_in_float64() -> None:
+    layer = make(Scheme(activation=ActivationScheme("per_token", bits=8)), 96, None)
+    assert emulated._sum_dtype(layer, 16384) == torch.float32
+    assert emulated._sum_dtype(layer, 16385) == torch.float64
+    layer = make(Scheme(activation=ActivationScheme("per_token", bits=4)), 96, None)
+    assert emulated._sum_dtype(layer, 1 << 18) == torch.float32
+
+
+def test_many_groups_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = Scheme(
+        weight=WeightScheme(group=16), activation=ActivationScheme("per_token_group", group=8)
+    )
+    layer, x = make(scheme, 160, None), random(6, 160)
+    whole = EmulatedBackend().prepare(layer, CPU)(x, None)
+    monkeypatch.setattr(emulated, "_PARTIAL_SUMS", 3 * 6 * 40)
+    parts = EmulatedBackend().prepare(layer, CPU)(x, None)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
+@pytest.mark.parametrize("width", [48, 160, 576])
+def test_prologue_is_the_transform(rotation: Rotation, width: int) -> None:
+    scheme = Scheme(rotation=rotation, smoothing=Smoothing(), permutation=True)
+    layer, x = make(scheme, width, None), random(9, width)
+    expected = layer.transform.activations(x)
+    got = build_prologue(layer, CPU)(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", STATIC)
+@pytest.mark.parametrize("run", ["reference", "emulated"])
+def test_static_tables_follow_the_step(kind: str, run: str) -> None:
+    layer = make(Scheme(activation=ActivationScheme(kind)), 64, 3)  # type: ignore[arg-type]
+    kernel = (
+        EmulatedBackend().prepare(layer, CPU)
+        if run == "emulated"
+        else reference.ReferenceBackend().prepare(layer, CPU)
+    )
+    x = tokens(5, 64)[0]
+    outputs = [kernel(x, Step(i, 3)) for i in range(3)]
+    assert not torch.equal(outputs[0], outputs[2])
+    for i in range(3):
+        assert layer.act_scale is not None
+        row = dataclasses.replace(layer, num_steps=None, act_scale=layer.act_scale[i : i + 1])
+        torch.testing.assert_close(outputs[i], reference.linear(x, row, None))
+    with pytest.raises(StepError, match=r"layer l .*inside denoising_step"):
+        kernel(x, None)
+    with pytest.raises(StepError, match="calibrated for 3 denoising steps, not 4"):
+        kernel(x, Step(0, 4))
+
+
+@pytest.mark.parametrize("kind", ["none", *DYNAMIC])
+def test_dynamic_schemes_do_not_care_about_steps(kind: str) -> None:
+    layer = make(Scheme(activation=ActivationScheme(kind)), 64, 3)  # type: ignore[arg-type]
+    kernel, x = EmulatedBackend().prepare(layer, CPU), random(5, 64)
+    assert torch.equal(kernel(x, None), kernel(x, Step(6, 9)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_comes_out_and_dtypes_stay(kind: str) -> None:
+    layer = make(Scheme(activation=ActivationScheme(kind)), 64, None)  # type: ignore[arg-type]
+    kernel = EmulatedBackend().prepare(layer, CPU)
+    x = random(3, 64)
+    y16 = kernel(x.bfloat16(), None)
+    assert y16.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        y16.float(), kernel(x.bfloat16().float(), None), rtol=1e-2, atol=1e-2
+    )
+    x[1, 7] = float("nan")
+    y = kernel(x, None)
+    assert bool(y[1].isnan().all()) and bool(torch.isfinite(y[[0, 2]]).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_is_left_alone_and_calls_do_not_interfere(kind: str) -> None:
+    scheme = Scheme(
+        rotation=Rotation("hadamard", block=32),
+        activation=ActivationScheme(kind, group=32),  # type: ignore[arg-type]
+    )
+    kernel = EmulatedBackend().prepare(make(scheme, 64, None), CPU)
+    x = random(4, 64)
+    before = x.clone()
+    with torch.inference_mode():
+        first = kernel(x, None)
+        kernel(random(9, 64, seed=1), None)
+        again = kernel(x, None)
+    assert torch.equal(x, before) and torch.equal(first, again)
