@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Step:
     """Index of the running denoising step and how many the trajectory has."""
 
     index: int
