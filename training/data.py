@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 #: Columns of the simulator's own observation that hold the position of the task's object.
 OBJECT_POSITION = slice(4, 7)
@@ -88,7 +88,7 @@ def augment(images: Tensor, rng: torch.Generator, shift: int = 4, light: float =
         Same shape, clamped to [0, 1].
     """
     batch, _, height, width = images.shape
-    padded = F.pad(images, (shift,) * 4, mode="replicate")
+    padded = pad(images, (shift,) * 4, mode="replicate")
     draw = torch.randint(0, 2 * shift + 1, (batch, 2), generator=rng)
     rows = draw[:, 0, None] + torch.arange(height)
     columns = draw[:, 1, None] + torch.arange(width)

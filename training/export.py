@@ -1,6 +1,6 @@
 """Write the averaged weights of a training run as a checkpoint in the original layout.
 
-    python training/export.py --run RUN --data DIR --out assets/pi05-metaworld
+python training/export.py --run RUN --data DIR --out assets/pi05-metaworld
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 import torch
+
 from data import load_demonstrations
 from families import FAMILIES, make_family
-
 from omega_qvla.policies.registry import save_policy
 
 

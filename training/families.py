@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from configs import groot_config, pi05_config
-from data import Demonstrations, augment
 from torch import Tensor, nn
 
+from configs import groot_config, pi05_config
+from data import Demonstrations, augment
 from omega_qvla.policies.groot_n15.init import init_weights as initialize_groot
 from omega_qvla.policies.groot_n15.model import GrootModel
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
@@ -129,9 +129,9 @@ def _flow_pi05(
 def _flow_groot(
     policy: GrootPolicy, net: Trainable, batch: Batch, samples: int, time: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Isaac-GR00T's flow: x_t = (1 - t) noise + t a, velocity a - noise; t = (0.999 - Beta) / 0.999.
+    """Isaac-GR00T's flow: x_t = (1 - t) noise + t a, velocity a - noise.
 
-    `time` [B * samples] is the Beta draw; t falls into one of 1000 buckets.
+    `time` [B * samples] is the Beta draw; t = (0.999 - draw) / 0.999, in one of 1000 buckets.
     """
     model = policy.model
     prefix = model.encode(

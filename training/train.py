@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Demonstrations, load_demonstrations
-from families import FAMILIES, Batch, Family, make_batch, make_family
 from torch import nn
 from tqdm import tqdm
+
+from data import Demonstrations, load_demonstrations
+from families import FAMILIES, Batch, Family, make_batch, make_family
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def make_optimizer(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
         is_matrix = parameter.ndim >= 2 and "embed" not in name
         (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.decay}, {"params": plain}]
-    return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
 
 
 class Averaged:
