@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import ConfigError, NumericsError, ObservationError
 from omega_qvla.modules.step_context import current_step
-from omega_qvla.policies.groot_n15.action_head import Prefix
 from omega_qvla.policies.attention import attend
+from omega_qvla.policies.groot_n15.action_head import Prefix
 from omega_qvla.policies.groot_n15.config import GrootConfig
 from omega_qvla.policies.groot_n15.init import init_weights
 from omega_qvla.policies.groot_n15.model import GrootModel
