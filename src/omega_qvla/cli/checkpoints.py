@@ -1,0 +1,97 @@
+"""What a checkpoint is, without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omega_qvla.errors import CheckpointError
+from omega_qvla.policies.base import SIDES, Policy
+from omega_qvla.policies.checkpoint import detect_layout, tensor_files
+from omega_qvla.policies.files import read_json
+from omega_qvla.policies.groot_n15.config import GrootConfig
+from omega_qvla.policies.groot_n15.model import GrootModel
+from omega_qvla.policies.groot_n15.policy import GrootPolicy
+from omega_qvla.policies.groot_n15.processor import GrootProcessor
+from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.pi05.model import Pi05Model
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.pi05.processor import Pi05Processor
+from omega_qvla.policies.registry import CONFIG
+
+#: Family -> how people call it.
+FAMILIES: Mapping[str, str] = {"pi05": "π0.5 (openpi)", "groot_n15": "GR00T N1.5 (Isaac-GR00T)"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's outline.
+
+    policy:     without weights: its modules are on torch's `meta` device.
+    image_size: edge of the images that the network sees, in pixels.
+    file_bytes: of the files that hold tensors.
+    """
+
+    path: Path
+    policy: Policy
+    image_size: int
+    file_bytes: int
+
+    @property
+    def family(self) -> str:
+        """`pi05` or `groot_n15`."""
+        return self.policy.family
+
+    def parameters(self) -> dict[str, int]:
+        """Side -> number of parameters."""
+        counts: dict[str, int] = dict.fromkeys(SIDES, 0)
+        for name, parameter in self.policy.module.named_parameters():
+            counts[self.policy.side_of(name)] += parameter.numel()
+        return counts
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        policy = self.policy
+        return {
+            "path": str(self.path),
+            "family": policy.family,
+            "parameters": self.parameters(),
+            "file_bytes": self.file_bytes,
+            "cameras": list(policy.cameras),
+            "image_size": self.image_size,
+            "num_steps": policy.num_steps,
+            "action_horizon": policy.action_horizon,
+            "action_dim": policy.action_dim,
+        }
+
+
+def family_of(path: Path) -> str:
+    """The family of a checkpoint directory, by its tensors. Raises CheckpointError."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: give the checkpoint's directory")
+    return detect_layout(tensor_files(path), path).family
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read everything but the weights. Raises CheckpointError, ConfigError."""
+    family = family_of(path)
+    config = read_json(path / CONFIG)
+    policy: Policy
+    if family == "pi05":
+        pi05 = Pi05Config.from_dict(config)
+        with torch.device("meta"):
+            pi05_model = Pi05Model(pi05)
+        policy = Pi05Policy(pi05_model, Pi05Processor.load(path, pi05))
+        image_size = pi05.vision.image_size
+    else:
+        groot = GrootConfig.from_dict(config)
+        with torch.device("meta"):
+            groot_model = GrootModel(groot)
+        policy = GrootPolicy(groot_model, GrootProcessor.load(path, groot))
+        image_size = groot.eagle.vision.image_size
+    files = set(tensor_files(path).values())
+    return Checkpoint(path, policy, image_size, sum(file.stat().st_size for file in files))

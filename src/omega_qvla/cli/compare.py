@@ -1,0 +1,191 @@
+"""`omega-qvla compare`: two or more arms side by side, paired."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omega_qvla.cli.console import Console
+from omega_qvla.cli.formats import percent, rate, size
+from omega_qvla.cli.parsing import add_backend, at_least, labelled, unique
+from omega_qvla.errors import ConfigError, EvaluationError
+
+if TYPE_CHECKING:
+    from omega_qvla.evaluation.open_loop import Drift
+    from omega_qvla.evaluation.records import ArmKey, EpisodeRecord
+
+DESCRIPTION = """\
+Compare arms with a reference (the full-precision one unless told otherwise).
+
+From results files (`omega-qvla eval`): success with Wilson intervals, the difference of
+the paired success rates with its interval (Tango), McNemar's exact p, and the jerk of
+the executed actions relative to the reference's.
+With --checkpoint, --pack and --observations: drift, the cosine between the action
+chunks of the packs and of the checkpoint on the same observations and the same noise.
+"""
+EXAMPLES = """\
+  omega-qvla compare results.jsonl
+  omega-qvla compare results.jsonl --checkpoint CHECKPOINT --pack omega=omega.safetensors \\
+      --observations held-out.safetensors --markdown comparison.md
+  omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors --pack rtn=naive.safetensors \\
+      --observations held-out.safetensors --json
+"""  # noqa: E501
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("results", nargs="*", type=Path, help="results files of `eval`")
+    parser.add_argument("--reference", metavar="ARM", help="compare with this arm")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (and the reference)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table there")
+    drift = parser.add_argument_group("drift")
+    drift.add_argument("--checkpoint", type=Path, metavar="DIR")
+    drift.add_argument(
+        "--pack", action="append", type=labelled, metavar="LABEL=FILE", help="may be repeated"
+    )
+    drift.add_argument("--observations", type=Path, metavar="FILE", help="held-out ones")
+    drift.add_argument(
+        "--num-samples", type=at_least(1), metavar="N", help="use so many of them (default: all)"
+    )
+    drift.add_argument("--variant", default="plain", help="of the checkpoint (default: plain)")
+    add_backend(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Compare and show."""
+    from omega_qvla.evaluation.records import REFERENCE
+
+    if not args.results and not args.pack:
+        raise ConfigError("nothing to compare: give results files, or --checkpoint with --pack")
+    reference = args.reference or REFERENCE
+    records = _records(args, reference)
+    drift, sizes = _drift(args, console) if args.pack else ({}, {})
+    summary = _summary(records, drift, sizes, reference)
+    rows = [
+        _row(family, variant, arm, values)
+        for family, variants in summary.items()
+        for variant, arms in variants.items()
+        for arm, values in arms.items()
+    ]
+    console.table(COLUMNS, rows, left=3)
+    if args.markdown is not None:
+        _write_markdown(args.markdown, rows)
+        console.text(f"table in {args.markdown}")
+    console.result({"reference": reference, "families": summary})
+    return 0
+
+
+def _records(args: argparse.Namespace, reference: str) -> list[EpisodeRecord]:
+    from omega_qvla.evaluation.results import read_results
+
+    found: dict[tuple[Any, Any], EpisodeRecord] = {}
+    for path in args.results:
+        for record in read_results(path)[1]:
+            if args.arms is None or record.arm in (*args.arms, reference):
+                known = found.setdefault((record.key, record.episode), record)
+                if known.outcome() != record.outcome():
+                    raise EvaluationError(
+                        f"{path}: {record.key} on {record.task}, seed {record.seed}, went "
+                        "differently in another of the results files; compare one run at a time"
+                    )
+    arms = {record.arm for record in found.values()}
+    missing = sorted({*(args.arms or ()), reference} - arms) if args.results else []
+    if missing:
+        raise EvaluationError(
+            f"no episodes of {', '.join(missing)} in the results; there are: "
+            f"{', '.join(sorted(arms)) or 'none'}"
+        )
+    return list(found.values())
+
+
+def _drift(
+    args: argparse.Namespace, console: Console
+) -> tuple[dict[ArmKey, Drift], dict[ArmKey, tuple[int, int]]]:
+    """Drift and sizes of every --pack."""
+    from omega_qvla.calibration.samples import read_observations, select_samples
+    from omega_qvla.cli.measure import drift_seeds
+    from omega_qvla.evaluation.open_loop import chunk_drift, predict_chunks
+    from omega_qvla.evaluation.records import ArmKey
+    from omega_qvla.runtime.engine import Engine
+
+    if args.checkpoint is None or args.observations is None:
+        raise ConfigError("drift takes --checkpoint, --pack and --observations together")
+    packs = unique(args.pack, "pack")
+    samples = read_observations(args.observations)
+    if args.num_samples is not None:
+        samples = select_samples(samples, args.num_samples)
+    observations, seeds = samples.observations, drift_seeds(samples)
+    console.note(f"drift on {len(samples)} observations: full precision")
+    policy = Engine.load(args.checkpoint, device=args.device).policy
+    expected = predict_chunks(policy, observations, seeds)
+    drift, sizes = {}, {}
+    for label, pack in packs.items():
+        console.note(f"drift: {label}")
+        engine = Engine.load(args.checkpoint, pack, backend=args.backend, device=args.device)
+        key = ArmKey(policy.family, args.variant, label)
+        drift[key] = chunk_drift(expected, predict_chunks(engine.policy, observations, seeds))
+        if engine.report is not None:
+            sizes[key] = (engine.report.layer_bytes, engine.report.layer_bytes_16bit)
+    return drift, sizes
+
+
+def _summary(
+    records: list[EpisodeRecord],
+    drift: Mapping[ArmKey, Drift],
+    sizes: Mapping[ArmKey, tuple[int, int]],
+    reference: str,
+) -> dict[str, Any]:
+    from omega_qvla.evaluation.summary import summarise
+
+    summary: dict[str, Any] = summarise(records, drift, sizes, reference=reference)
+    for key, found in drift.items():
+        arms = summary.setdefault(key.family, {}).setdefault(key.variant, {})
+        if key.arm not in arms:  # drift without episodes
+            stored, full = sizes.get(key, (None, None))
+            arms[key.arm] = {
+                "cosine": found.cosine(),
+                "relative_error": found.relative_error,
+                "layer_bytes": stored,
+                "layer_bytes_16bit": full,
+            }
+    return summary
+
+
+COLUMNS = (
+    "family", "variant", "arm", "success (95%)", "difference (95%), points", "only reference / "
+    "only arm", "p", "cosine median", "cosine min", "jerk", "layers",
+)  # fmt: skip
+
+
+def _row(family: str, variant: str, arm: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    paired, cosine, jerk = (values.get(k) for k in ("paired", "cosine", "jerk_ratio"))
+    difference = pair = p = ""
+    if paired:
+        low, high = (100 * bound for bound in paired["interval"])
+        difference = f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+        pair, p = f"{paired['b']} / {paired['c']}", f"{paired['p']:.3f}"
+    stored, full = values.get("layer_bytes"), values.get("layer_bytes_16bit")
+    return (
+        family,
+        variant,
+        arm,
+        rate(values["success"], values["interval"]) if "success" in values else "",
+        difference,
+        pair,
+        p,
+        f"{cosine['median']:.4f}" if cosine else "",
+        f"{cosine['min']:.4f}" if cosine else "",
+        f"x{jerk['actions']:.2f}" if jerk else "",
+        f"{size(stored)} ({percent(stored / full)})" if stored and full else "",
+    )
+
+
+def _write_markdown(path: Path, rows: list[tuple[str, ...]]) -> None:
+    from omega_qvla.evaluation.files import replace_file
+
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    with replace_file(path) as stream:
+        stream.write(text.encode())

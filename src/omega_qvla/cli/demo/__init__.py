@@ -1,0 +1,1 @@
+"""`omega-qvla demo`: the whole road on the two bundled policies, with one command."""

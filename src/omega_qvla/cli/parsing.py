@@ -1,0 +1,123 @@
+"""What the verbs' command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from omega_qvla.errors import ConfigError
+
+SIDES = ("backbone", "action_head")
+#: As in `omega_qvla.calibration`, which would bring torch: --help is to be instant.
+SAMPLES, TOKEN_CAP = 10, 1024
+
+
+def verb_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the options that every verb has."""
+    parser = argparse.ArgumentParser(
+        prog=f"omega-qvla {verb}",
+        description=description.strip(),
+        epilog=f"examples:\n{examples.rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = parser.add_argument_group("output")
+    common.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argument type: an integer not below `low`."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+
+    number.__name__ = "integer"  # argparse puts it into "invalid integer value"
+    return number
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The positional argument CHECKPOINT."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="directory of a pi0.5 (openpi) or GR00T N1.5 checkpoint",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """--backend and --device."""
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="what runs the quantized layers; `omega-qvla info` lists them "
+        "(default: auto, the fastest that covers the pack)",
+    )
+    add_device(parser)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Where observations come from, and how many of them are used how."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--observations", type=Path, metavar="FILE", help="observations recorded before"
+    )
+    group.add_argument(
+        "--env",
+        choices=["metaworld"],
+        help="collect observations from scripted experts in this simulator",
+    )
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="with --env (default: all)")
+    group.add_argument(
+        "--save-observations", type=Path, metavar="FILE", help="with --env: keep them here"
+    )
+    group.add_argument(
+        "--num-samples",
+        type=at_least(1),
+        default=SAMPLES,
+        metavar="N",
+        help=f"observations to use, balanced over tasks and episodes (default: {SAMPLES})",
+    )
+    group.add_argument(
+        "--token-cap",
+        type=at_least(1),
+        default=TOKEN_CAP,
+        metavar="N",
+        help=f"tokens kept per layer and denoising step (default: {TOKEN_CAP})",
+    )
+    group.add_argument(
+        "--num-steps",
+        type=at_least(1),
+        metavar="N",
+        help="denoising steps to calibrate for (default: the checkpoint's own)",
+    )
+    group.add_argument("--seed", type=at_least(0), default=0, help="of every random choice")
+
+
+def labelled(text: str) -> tuple[str, str]:
+    """An argument type: LABEL=VALUE."""
+    label, equals, value = text.partition("=")
+    if not (label and equals and value):
+        raise argparse.ArgumentTypeError(f"expected LABEL=FILE, got {text!r}")
+    return label, value
+
+
+def unique(pairs: list[tuple[str, str]] | None, what: str) -> dict[str, str]:
+    """LABEL=VALUE arguments as a dictionary. Raises ConfigError where a label is used twice."""
+    found: dict[str, str] = {}
+    for label, value in pairs or []:
+        if label in found:
+            raise ConfigError(f"{what} {label!r} is given twice; every label once")
+        found[label] = value
+    return found

@@ -1,0 +1,156 @@
+"""`omega-qvla quantize`: a checkpoint in, a 4-bit pack out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omega_qvla.cli.console import Console
+from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.parsing import SIDES, add_calibration, add_checkpoint, add_device
+from omega_qvla.config.recipe import Recipe
+from omega_qvla.errors import ConfigError, RecipeError
+
+DESCRIPTION = """\
+Quantize a checkpoint's linear layers to 4 bits by a recipe, and write them as one pack.
+The checkpoint itself is not changed; to act, the pack goes on top of it.
+
+Recipes that look at activations (all but rtn) need observations: recorded ones, ones
+collected in the simulator, or a calibration made before. A build that was cut off goes
+on where it stopped when it is called again with the same arguments.
+"""
+EXAMPLES = """\
+  omega-qvla quantize assets/pi05-metaworld --env metaworld --num-samples 48 --out pi05.safetensors
+  omega-qvla quantize CHECKPOINT --calibration calibration.safetensors --side backbone --out bb.safetensors
+  omega-qvla quantize CHECKPOINT --recipe rtn --out naive.safetensors
+  omega-qvla quantize CHECKPOINT --observations FILE --side action_head --exclude 'layers\\.0\\.' --out p.safetensors
+"""  # noqa: E501
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_checkpoint(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the pack to write")
+    parser.add_argument(
+        "--recipe",
+        default="omega",
+        metavar="NAME|FILE",
+        help="preset (see `omega-qvla info`) or YAML file (default: omega)",
+    )
+    parser.add_argument(
+        "--side",
+        choices=[*SIDES, "both"],
+        default="both",
+        help="which part of the policy (default: both)",
+    )
+    parser.add_argument(
+        "--include", metavar="REGEX", help="layers to quantize, instead of the recipe's choice"
+    )
+    parser.add_argument(
+        "--exclude", metavar="REGEX", help="layers to leave alone, instead of the recipe's choice"
+    )
+    parser.add_argument(
+        "--allow-protected",
+        action="store_true",
+        help="accept layers that collapse at 4 bits (small heads, norms, embeddings)",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="made by `omega-qvla calibrate`"
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="discard what an earlier build left"
+    )
+    add_device(parser)
+    add_calibration(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Build the pack and show its sizes."""
+    from omega_qvla.calibration.collect import Calibration
+    from omega_qvla.cli.checkpoints import open_checkpoint
+    from omega_qvla.cli.sources import given_observations
+    from omega_qvla.config.presets import resolve_recipe
+    from omega_qvla.policies.registry import load_policy
+    from omega_qvla.quantize import Progress, plan, quantize_policy
+
+    sides = SIDES if args.side == "both" else (args.side,)
+    recipe = adjust(resolve_recipe(args.recipe), args, sides)
+    outline = open_checkpoint(args.checkpoint)
+    plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
+    if args.calibration and (args.observations or args.env):
+        raise ConfigError("--calibration already holds its observations; give one of them")
+    calibration = Calibration.load(args.calibration) if args.calibration else None
+    samples = given_observations(args, outline.image_size, console)
+    console.note(f"loading {args.checkpoint}")
+    policy = load_policy(args.checkpoint, device=args.device)
+    console.note(f"recipe {recipe.name}, {args.side}")
+    with console.bar("") as tick:
+
+        def show(progress: Progress) -> None:
+            tick(progress.done, progress.total, f"{progress.stage} {progress.layer}")
+
+        quantize_policy(
+            policy,
+            recipe,
+            samples,
+            out=args.out,
+            sides=sides,
+            num_steps=args.num_steps,
+            token_cap=args.token_cap,
+            seed=args.seed,
+            calibration=calibration,
+            resume=not args.no_resume,
+            progress=show,
+        )
+    console.result(show_sizes(args.out, console))
+    return 0
+
+
+def adjust(recipe: Recipe, args: argparse.Namespace, sides: tuple[str, ...]) -> Recipe:
+    """The recipe with --side, --include, --exclude and --allow-protected applied."""
+    changes: dict[str, Any] = {}
+    for side in SIDES:
+        side_recipe = recipe.side(side)
+        if side not in sides:
+            changes[side] = None
+        elif side_recipe is not None:
+            include = side_recipe.include if args.include is None else args.include
+            exclude = side_recipe.exclude if args.exclude is None else args.exclude
+            changes[side] = dataclasses.replace(side_recipe, include=include, exclude=exclude)
+    protected = recipe.allow_protected or args.allow_protected
+    adjusted = dataclasses.replace(recipe, allow_protected=protected, **changes)
+    if adjusted.backbone is None and adjusted.action_head is None:
+        raise RecipeError(f"recipe {recipe.name!r} leaves {' and '.join(sides)} as they are")
+    return adjusted
+
+
+def show_sizes(path: Path, console: Console) -> dict[str, Any]:
+    """A table of a pack's sizes by side; returns the same as JSON."""
+    from omega_qvla.pack.reader import read_pack
+
+    pack = read_pack(path, verify=False)
+    rows: list[tuple[Any, ...]] = []
+    data: dict[str, Any] = {"out": str(path), "sides": {}}
+    for side in SIDES:
+        layers = [layer for layer in pack.layers.values() if layer.side == side]
+        stored = sum(layer.nbytes for layer in layers)
+        full = sum(2 * x.out_features * (x.in_features + (x.bias is not None)) for x in layers)
+        data["sides"][side] = {"layers": len(layers), "bytes": stored, "bytes_16bit": full}
+        if layers:
+            rows.append((side, len(layers), size(full), size(stored), percent(stored / full, 1)))
+    sizes = pack.sizes()
+    rows.append(
+        ("all", len(pack.layers), size(sizes.layer_bytes_16bit), size(sizes.layer_bytes),
+         percent(sizes.ratio, 1))
+    )  # fmt: skip
+    console.table(["side", "layers", "in 16 bit", "in the pack", "of 16 bit"], rows)
+    console.text(f"{path}: {size(sizes.file_bytes)}, header and manifest included")
+    return {
+        **data,
+        "layers": len(pack.layers),
+        "layer_bytes": sizes.layer_bytes,
+        "layer_bytes_16bit": sizes.layer_bytes_16bit,
+        "file_bytes": sizes.file_bytes,
+    }
