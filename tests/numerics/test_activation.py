@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omega_qvla.errors import CalibrationError, NumericsError
-from omega_qvla.numerics import activation
 from omega_qvla.numerics.activation import (
     expand_static,
     quantize_per_token,
@@ -85,12 +84,13 @@ def test_channels_that_are_rarely_or_never_used() -> None:
     assert step_channel_scale(x).tolist() == [1.0, 2.0, 1.0]
 
 
-def test_wide_samples_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.quantile refuses more than 2^24 elements: columns are split, to the same end."""
-    x = random(100, 7)
-    whole = step_channel_scale(x)
-    monkeypatch.setattr(activation, "_QUANTILE_ELEMENTS", 300)
-    assert torch.equal(step_channel_scale(x), whole)
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 60), percentile=st.floats(0.1, 100), seed=st.integers(0, 99))
+def test_any_percentile_of_any_number_of_samples(n: int, percentile: float, seed: int) -> None:
+    x = random(n, 4, seed=seed)
+    expected = torch.quantile(x.abs().double(), percentile / 100, dim=0) / 7
+    scale = step_channel_scale(x, percentile).double()
+    torch.testing.assert_close(scale, expected, rtol=1e-5, atol=1e-7)
 
 
 def best_scale_error(values: torch.Tensor) -> float:

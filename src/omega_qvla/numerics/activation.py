@@ -15,7 +15,6 @@ from omega_qvla.numerics.qparams import expand_groups, qrange, split_groups
 # Fractions of absmax tried for a static scale by squared error: geometric, 1 .. 1/100; one
 # massive token among thousands pulls the optimum far below its absmax.
 _STATIC_FRACTIONS = tuple(0.01 ** (i / 47) for i in range(48))
-_QUANTILE_ELEMENTS = 1 << 23  # torch.quantile refuses more than 2^24
 
 
 def _round(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -72,15 +71,21 @@ def step_channel_scale(samples: Tensor, percentile: float = 99.9, bits: int = 4)
     Raises:
         CalibrationError: no samples, or not finite.
     """
-    magnitude = _check_samples(samples).abs()
-    qmax = qrange(bits)[1]
-    columns = max(1, _QUANTILE_ELEMENTS // magnitude.shape[0])
-    quantiles = [
-        torch.quantile(part, percentile / 100.0, dim=0)
-        for part in torch.split(magnitude, columns, dim=1)
-    ]
-    level = torch.cat(quantiles)
-    return _positive(torch.where(level > 0, level, magnitude.amax(0)) / qmax)
+    magnitude = _check_samples(samples).abs().T.contiguous()
+    level = _high_quantile(magnitude, percentile / 100.0)
+    return _positive(torch.where(level > 0, level, magnitude.amax(1)) / qrange(bits)[1])
+
+
+def _high_quantile(values: Tensor, fraction: float) -> Tensor:
+    """torch.quantile(values [k, n], fraction, dim=1), linear interpolation, for high fractions.
+
+    Only the largest values are sorted out: many times faster, and no limit of 2^24 elements.
+    """
+    position = fraction * (values.shape[1] - 1)
+    below = int(position)
+    top = values.topk(values.shape[1] - below, dim=1).values  # falling
+    low = top[:, -1]
+    return low if top.shape[1] == 1 else low + (top[:, -2] - low) * (position - below)
 
 
 def _mse_scale(values: Tensor, bits: int) -> Tensor:

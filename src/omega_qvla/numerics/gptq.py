@@ -73,38 +73,36 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
 
 
 def _round_columns(
-    weight: Tensor, factor: Tensor, step: Tensor, bits: int
+    columns: Tensor, factor: Tensor, step: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """One block: rounds the columns of `weight` [out, n] (altered) in order.
+    """One block: rounds the columns [n, out] of a weight (altered) in order.
 
-    factor: the block's [n, n] part of U; step [out, n]. Returns (integers, scaled errors).
+    A column is a row here, so that it is contiguous. factor: the block's [n, n] part of U;
+    step [n, out]. Returns (integers, scaled errors), both [n, out].
     """
     low, high = qrange(bits)
-    q, errors = torch.empty_like(weight), torch.empty_like(weight)
-    for i in range(weight.shape[1]):
-        column, s = weight[:, i], step[:, i]
-        q[:, i] = (column / s).round_().clamp_(low, high)
-        errors[:, i] = (column - q[:, i] * s) / factor[i, i]
-        weight[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
+    q, errors = torch.empty_like(columns), torch.empty_like(columns)
+    pivots = factor.diagonal().tolist()
+    for i, pivot in enumerate(pivots):
+        torch.div(columns[i], step[i], out=q[i]).round_().clamp_(low, high)
+        torch.addcmul(columns[i], q[i], step[i], value=-1, out=errors[i]).div_(pivot)
+        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
     return q, errors
 
 
 def _sweep(
     weight: Tensor, hessian: Tensor, step: Tensor, bits: int, damp: float, block: int
 ) -> Tensor:
-    """All columns in order, in blocks: integers [out, in] in the weight's dtype."""
+    """All columns of weight [out, in] in order, in blocks: integers [out, in], same dtype."""
     factor = inverse_factor(hessian, damp).to(weight.dtype)
-    weight, q = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], block):
-        end = min(start + block, weight.shape[1])
-        q[:, start:end], errors = _round_columns(
-            weight[:, start:end].clone(),
-            factor[start:end, start:end],
-            step[:, start:end],
-            bits,
-        )
-        weight[:, end:] -= errors @ factor[start:end, end:]
-    return q
+    columns, step = weight.T.clone(memory_format=torch.contiguous_format), step.T.contiguous()
+    q = torch.empty_like(columns)
+    for start in range(0, columns.shape[0], block):
+        end = min(start + block, columns.shape[0])
+        part = slice(start, end)
+        q[part], errors = _round_columns(columns[part], factor[part, part], step[part], bits)
+        columns[end:] -= factor[part, end:].T @ errors
+    return q.T
 
 
 def gptq(
