@@ -153,6 +153,17 @@ def test_work_of_another_build_is_not_gone_on_with(
         assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
+def test_statistics_of_another_content_are_noticed(policy: Policy, tmp_path: Path) -> None:
+    calibration = calibrate(policy, tiny_samples(1), all_targets(policy))
+    name = all_targets(policy)[0]
+    stats = dataclasses.replace(calibration.stats[name], count=7)
+    changed = Calibration({**calibration.stats, name: stats}, calibration.provenance)
+    with pytest.raises(Killed):
+        quantize(policy, tmp_path / "p", samples=None, calibration=changed, progress=kill_after(2))
+    with pytest.raises(PackError, match=r"another build \(statistics differ\)"):
+        quantize(policy, tmp_path / "p", samples=None, calibration=calibration)
+
+
 def test_layers_without_their_binding_are_not_trusted(policy: Policy, tmp_path: Path) -> None:
     quantize(policy, tmp_path / "whole")
     with pytest.raises(Killed):

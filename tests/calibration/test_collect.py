@@ -78,6 +78,8 @@ def test_token_cap_keeps_an_even_share_and_counts_everything() -> None:
     places = [int((full == row).all(1).nonzero()[0, 0]) for row in kept]
     assert [place // 50 for place in places] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert places == sorted(set(places))
+    within = [{place % 50 for place in places if place // 50 == i} for i in (1, 3)]
+    assert within[0] != within[1], "every observation gives tokens of the same positions"
 
 
 def test_the_kept_tokens_depend_on_the_seed_alone() -> None:

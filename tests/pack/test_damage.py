@@ -71,6 +71,19 @@ def test_header_padding_and_quotes_count_too(pack: Path) -> None:
         flip(pack, position, mask)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b':"F16"', b':"I16"'), (b':"I32"', b':"F32"'), (b',"shape":[1,128]', b',"shape":[128,1]')],
+)
+def test_a_dtype_or_shape_that_would_still_fit(pack: Path, old: bytes, new: bytes) -> None:
+    """The header stays well-formed and the data untouched: only the manifest can tell."""
+    raw = pack.read_bytes()
+    assert old in raw[: read_header(pack).data_start]
+    pack.write_bytes(raw.replace(old, new, 1))
+    with pytest.raises(PackError, match=r"header is altered: net\.\d\.\w+ is"):
+        read_manifest(pack)
+
+
 def test_a_flipped_byte_in_the_data_names_the_tensor(pack: Path) -> None:
     rng = np.random.default_rng(1)
     header = read_header(pack)
