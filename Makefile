@@ -3,7 +3,7 @@
 .PHONY: help setup gl demo test test-slow conformance lint format clean
 
 PY := .venv/bin/python
-# Where `make demo` writes, and more options for it: make demo OUT=/tmp/d DEMO="--jobs 4"
+# Where `make demo` writes, and more options for it: make demo DEMO="--episodes 20"
 OUT ?= runs/demo
 DEMO ?=
 # Test processes, and more options for pytest: make test PYTEST="-k pack"
