@@ -67,13 +67,8 @@ def quantize_layer(
         stats = _checked_stats(name, weight, scheme, stats, num_steps)
         weight = weight.detach().float()
         transform = build_transform(weight, scheme, stats)
-        rotated = transform.weight(weight)
-        output_rotation = None
-        if scheme.output_rotation:
-            output_rotation = build_output_rotation(weight, scheme.rotation.block).to(HALF)
-            rotated = apply_output_rotation(rotated, output_rotation.float())
-        a, b, rotated = _split(rotated, scheme.weight.rank)
-        q, scale = round_to_grid(rotated, scheme, stats, transform)
+        output_rotation, a, b, rest = _to_round(weight, scheme, transform)
+        q, scale = round_to_grid(rest, scheme, stats, transform)
         return QuantizedLayer(
             name=name,
             side=side,
@@ -129,13 +124,20 @@ def build_transform(weight: Tensor, scheme: Scheme, stats: LayerStats | None) ->
     return InputTransform(rotation, smooth, permutation, blocks, signs)
 
 
-def _split(weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(a, b, residual) with 16-bit factors, the residual being that of the rounded ones."""
-    if rank == 0:
-        return None, None, weight
-    a, b, _ = low_rank_split(weight, rank)
+def _to_round(
+    weight: Tensor, scheme: Scheme, transform: InputTransform
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """(output rotation, a, b, what remains to be rounded): 16-bit parts, each taken out as
+    rounded."""
+    rest, output_rotation = transform.weight(weight), None
+    if scheme.output_rotation:
+        output_rotation = build_output_rotation(weight, scheme.rotation.block).to(HALF)
+        rest = apply_output_rotation(rest, output_rotation.float())
+    if scheme.weight.rank == 0:
+        return output_rotation, None, None, rest
+    a, b, _ = low_rank_split(rest, scheme.weight.rank)
     a, b = a.to(HALF), b.to(HALF)
-    return a, b, weight - a.float() @ b.float().T
+    return output_rotation, a, b, rest - a.float() @ b.float().T
 
 
 def round_to_grid(
