@@ -68,7 +68,7 @@ def _drift(data: ReportData) -> str:
         groups.setdefault((view.family, view.variant), []).append(view)
     sections = []
     for index, ((family, variant), views) in enumerate(groups.items()):
-        parts = [_backbone_heatmap(views), _head_heatmap(views)]
+        parts = [_once_heatmaps(views), _head_heatmap(views)]
         if any(step != ONCE for v in views for e in v.drift.accumulated.values() for step in e):
             parts += [
                 "<h3>Accumulated over the trajectory</h3><p>The same layers against the "
@@ -105,29 +105,36 @@ def _head_heatmap(views: list[DriftView]) -> str:
     return f"<h3>Action head: layer by denoising step</h3>{legend()}{body}"
 
 
-def _backbone_heatmap(views: list[DriftView]) -> str:
-    """Layers that run once: a row per block, a column per kind of layer."""
-    names = _rows(views, in_loop=False)
-    if not names:
+def _once_heatmaps(views: list[DriftView]) -> str:
+    """Layers that run once, tower by tower: a row per block, a column per kind of layer."""
+    parsed = {name: split_name(name) for name in _rows(views, in_loop=False)}
+    if not parsed:
         return ""
-    parsed = {name: split_name(name) for name in names}
-    kinds = list(dict.fromkeys(layer.kind for layer in parsed.values()))
-    blocks = list(dict.fromkeys(layer[:2] for layer in parsed.values()))
+    towers = dict.fromkeys(layer.stack for layer in parsed.values())
+    bodies = (
+        _tower_heatmap(views, {n: layer for n, layer in parsed.items() if layer.stack == tower})
+        for tower in towers
+    )
+    return f"<h3>Layers that run once per observation</h3>{legend()}{''.join(bodies)}"
+
+
+def _tower_heatmap(views: list[DriftView], layers: dict[str, LayerName]) -> str:
+    blocks = list(dict.fromkeys(layer.block for layer in layers.values()))
+    kinds = list(dict.fromkeys(layer.kind for layer in layers.values()))
     panels = [
         Panel(
             view.arm,
             {
-                (blocks.index(parsed[name][:2]), kinds.index(parsed[name].kind)): errors[ONCE]
-                for name, errors in view.drift.local.items()
-                if ONCE in errors
+                (blocks.index(layer.block), kinds.index(layer.kind)): view.drift.local[name][ONCE]
+                for name, layer in layers.items()
+                if name in view.drift.local
             },
         )
         for view in views
     ]
-    towers = {stack for stack, _ in blocks}
-    rows = [f"{stack if len(towers) > 1 else 'block'} {index}" for stack, index in blocks]
-    body = heatmap(rows, _kind_labels(kinds), panels, "drift of layers that run once")
-    return f"<h3>Layers that run once per observation</h3>{legend()}{body}"
+    stack = next(iter(layers.values())).stack
+    rows = [f"{stack} {block}" if block >= 0 else "" for block in blocks]
+    return heatmap(rows, _kind_labels(kinds), panels, f"drift of {stack} layers that run once")
 
 
 def _rows(views: list[DriftView], in_loop: bool) -> list[str]:
