@@ -121,9 +121,10 @@ def gptq(
 
     Scales (per row, or per group of columns) are fixed before rounding, from the original
     weights: taking a group's when its turn comes, from the corrected ones, changed the error
-    by less than 2% either way, and would forbid `act_order`. Columns go in blocks of `block`, the error of each fed forward across the whole
-    row; with `act_order` in order of decreasing diag(H). A row for which plain rounding has
-    the lower objective keeps plain rounding, so the result is never worse than RTN.
+    by about 2% either way, and would forbid `act_order`. Columns go in blocks of `block`, the
+    error of each fed forward across the whole row; with `act_order` in order of decreasing
+    diag(H). A row for which plain rounding has the lower objective keeps plain rounding, so
+    the result is never worse than RTN.
 
     damp: relative to mean(diag H). store: dtype in which scales must be exact (float16 in a
     pack). Returns (q int8 [out, in], scale [out, n_groups]).
