@@ -288,3 +288,21 @@ def test_per_layer_overrides(policy: Policy, tmp_path: Path) -> None:
     out = quantize(policy, tmp_path / "p", Recipe("r", None, side), samples=None)
     groups = {n: layer.weight_scale.shape[1] for n, layer in read_pack(out).layers.items()}
     assert {n for n, count in groups.items() if count > 1} == {n for n in groups if "down" in n}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_layers_that_share_an_input_share_the_smoothing(family: str, tmp_path: Path) -> None:
+    policy = TINY[family]()
+    layers = read_pack(quantize(policy, tmp_path / "p")).layers
+    shared = 0
+    for site in policy.sites():
+        divisors = [layers[n].smooth for n in site.consumers if n in layers]
+        found = [d for d in divisors if d is not None]
+        assert len(found) == len(divisors)
+        for divisor in found[1:]:
+            # GR00T's last block reads fewer queries than keys: its to_q has its own profile.
+            equal = torch.equal(divisor, found[0])
+            last = "to_q" in site.consumers[0] and not equal
+            assert equal or last, site.consumers
+            shared += equal
+    assert shared > 0

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import omega_qvla
 from omega_qvla.calibration.collect import (
@@ -25,6 +25,7 @@ from omega_qvla.config import Recipe, Scheme
 from omega_qvla.errors import CalibrationError, RecipeError
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
+from omega_qvla.numerics.smoothing import weight_profile
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.pack.manifest import SIDES, Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
@@ -113,6 +114,7 @@ def quantize_policy(
     build.open(_binding(manifest, jobs, calibration if needed else None), resume)
     todo = [job for job in jobs if not build.finished(job.name)]
     report = progress if progress is not None else _silent
+    sites = site_profiles(policy, jobs)
     for chunk in _chunks(policy.module, todo, token_cap * steps, memory):
         names = [job.name for job in chunk if needs_stats(job.scheme)]
         stats: Mapping[str, LayerStats] = {}
@@ -121,7 +123,7 @@ def quantize_policy(
         elif names and samples is not None:
             stats = _collect(policy, samples, names, steps, token_cap, seed, report)
         for job in chunk:
-            build.save(_quantize(policy.module, job, stats))
+            build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
             finished = sum(build.finished(other.name) for other in jobs)
             report(Progress("quantizing", finished, len(jobs), job.name))
     write_pack(out, manifest, build.layers())
@@ -141,6 +143,24 @@ def plan(policy: Policy, recipe: Recipe, num_steps: int) -> list[Job]:
             inside = side == "action_head" and name not in outside
             jobs.append(Job(name, side, scheme, num_steps if inside else None))
     return jobs
+
+
+def site_profiles(policy: Policy, jobs: Sequence[Job]) -> dict[str, Tensor]:
+    """Layer name -> weight profile [in] over the layers that read the same input.
+
+    Only layers with one and the same smoothing share: their divisors come out equal, so one
+    smoothed, rotated and quantized input serves all of them.
+    """
+    smoothing = {job.name: job.scheme.smoothing for job in jobs if job.scheme.smoothing}
+    profiles: dict[str, Tensor] = {}
+    for site in policy.sites():
+        for name in site.consumers:
+            if name not in smoothing or name in profiles:
+                continue
+            shared = [n for n in site.consumers if smoothing.get(n) == smoothing[name]]
+            weights = [_linear(policy.module, n).weight.detach() for n in shared]
+            profiles |= dict.fromkeys(shared, weight_profile(weights))
+    return profiles
 
 
 def software() -> dict[str, str]:
@@ -238,21 +258,35 @@ def _chunks(
         yield chunk
 
 
-def _quantize(module: nn.Module, job: Job, stats: Mapping[str, LayerStats]) -> QuantizedLayer:
-    linear = module.get_submodule(job.name)
+def _quantize(
+    module: nn.Module, job: Job, stats: Mapping[str, LayerStats], site_profile: Tensor | None
+) -> QuantizedLayer:
+    linear = _linear(module, job.name)
     found = stats.get(job.name)
     if found is None and needs_stats(job.scheme):
         raise CalibrationError(
             f"layer {job.name}: its scheme needs calibration (Hessian, profile or tokens) and "
             "the calibration given has none of it; calibrate with this recipe's layers"
         )
-    assert isinstance(linear, nn.Linear)  # select_targets chose it
     bias = None if linear.bias is None else linear.bias.detach()
     used = found if needs_stats(job.scheme) else None
     layer = quantize_layer(
-        job.name, job.side, linear.weight.detach(), bias, job.scheme, used, job.num_steps
+        job.name,
+        job.side,
+        linear.weight.detach(),
+        bias,
+        job.scheme,
+        used,
+        job.num_steps,
+        site_profile,
     )
     return layer.to("cpu")
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)  # select_targets chose it
+    return linear
 
 
 def _collect(

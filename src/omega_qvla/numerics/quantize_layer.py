@@ -49,11 +49,14 @@ def quantize_layer(
     scheme: Scheme,
     stats: LayerStats | None,
     num_steps: int | None,
+    site_profile: Tensor | None = None,
 ) -> QuantizedLayer:
     """Quantize weight [out, in] (any float dtype) and bias [out] of layer `name` by `scheme`.
 
     stats: of the layer's raw inputs; None only for schemes that need none. num_steps: of the
-    denoising loop that the layer runs in, None outside. Computes in float32 (float64 where
+    denoising loop that the layer runs in, None outside. site_profile [in]: `weight_profile` of
+    all layers that read the same input, so that they get the same smoothing divisor and can
+    share one transformed input; None: of this layer alone. Computes in float32 (float64 where
     decompositions need it) on the weight's device; the result stays there.
 
     Raises:
@@ -66,7 +69,7 @@ def quantize_layer(
             raise NumericsError("the bias is not finite")
         stats = _checked_stats(name, weight, scheme, stats, num_steps)
         weight = weight.detach().float()
-        transform = build_transform(weight, scheme, stats)
+        transform = build_transform(weight, scheme, stats, site_profile)
         output_rotation, a, b, rest = _to_round(weight, scheme, transform)
         q, scale = round_to_grid(rest, scheme, stats, transform)
         return QuantizedLayer(
@@ -103,13 +106,17 @@ def _checked_stats(
     return stats.to(weight.device)
 
 
-def build_transform(weight: Tensor, scheme: Scheme, stats: LayerStats | None) -> InputTransform:
+def build_transform(
+    weight: Tensor, scheme: Scheme, stats: LayerStats | None, site_profile: Tensor | None = None
+) -> InputTransform:
     """The change of basis for float32 weight [out, in], its parts as they are stored."""
     smooth = None
     if scheme.smoothing is not None and stats is not None:
         robust = scheme.smoothing.robust
         profile = stats.profile if robust else stats.hessian.diagonal().clamp_min(0).sqrt()
-        divisor = smoothing_divisor(profile, weight_profile([weight]), scheme.smoothing.alpha)
+        if site_profile is None:
+            site_profile = weight_profile([weight])
+        divisor = smoothing_divisor(profile, site_profile.to(weight.device), scheme.smoothing.alpha)
         smooth = divisor.to(HALF)
         weight = weight * smooth.float()
     permutation = None
