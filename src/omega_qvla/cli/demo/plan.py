@@ -143,6 +143,8 @@ def find_checkpoints(assets: Path | None, families: list[str]) -> dict[str, Path
         CheckpointError: no such directory, a family missing, or two of one family.
     """
     folder = assets or _default_assets()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no directory {folder}; --assets takes an existing one")
     found: dict[str, Path] = {}
     for path in sorted(p for p in folder.iterdir() if (p / "model.safetensors").is_file()):
         family = family_of(path)
