@@ -37,9 +37,8 @@ conformance: setup ## Compare both models with recorded cases; CASES=DIR for oth
 	@$(PY) -m pytest tests/conformance $(if $(CASES),--cases "$(CASES)") $(PYTEST)
 
 lint: setup ## Check style, formatting and types
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy
+	@failed=0; $(PY) -m ruff check . || failed=1; $(PY) -m ruff format --check . || failed=1; \
+	$(PY) -m mypy || failed=1; exit $$failed
 
 format: setup ## Mend style and formatting where that is mechanical
 	@$(PY) -m ruff check --fix .
