@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from omega_qvla.calibration.samples import (
     write_observations,
 )
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.processes import process_pool
 from omega_qvla.errors import CalibrationError, ConfigError
 from omega_qvla.evaluation.plan import resolve
 from omega_qvla.policies.observation import Observation
@@ -63,11 +63,7 @@ def collect_episodes(
     """Every task from every seed, in parallel processes; ordered by task and seed."""
     jobs = [(task, seed) for task in tasks for seed in seeds]
     found: dict[tuple[str, int], Found] = {}
-    context = multiprocessing.get_context("spawn")
-    with (
-        console.bar("collecting observations") as tick,
-        ProcessPoolExecutor(max(1, workers), mp_context=context) as pool,
-    ):
+    with console.bar("collecting observations") as tick, process_pool(workers) as pool:
         futures = {
             pool.submit(_collect, collector, task, seed, dict(options or {})): (task, seed)
             for task, seed in jobs

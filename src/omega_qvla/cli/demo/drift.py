@@ -41,12 +41,14 @@ class CellDrift:
 
     drift: arm -> drift of the action chunk; layers: arm -> drift per layer and step.
     sizes: arm -> (bytes of the quantized layers, the same in 16 bit).
+    backends: arm -> what ran its quantized layers.
     diagnostics: the layers that the naive arm hurts most, one per side, under `SHOWN`.
     """
 
     drift: Mapping[str, Drift]
     layers: Mapping[str, LayerDrift]
     sizes: Mapping[str, tuple[int, int]]
+    backends: Mapping[str, str]
     diagnostics: tuple[LayerDiagnostics, ...]
 
 
@@ -60,13 +62,14 @@ def measure_drift(cell: Cell, policy: Policy, say: Callable[[str], None]) -> Non
     # Every n-th: they are ordered by task and episode, and all tasks shall be among them.
     few = slice(None, None, max(1, len(observations) // cell.plan.layer_samples))
     expected = predict_chunks(policy, observations, seeds)
-    drift, layers, sizes = {}, {}, {}
+    drift, layers, sizes, backends = {}, {}, {}, {}
     for arm in ARMS:
         say(f"{cell.family}, {cell.variant}: drift of {arm}, {len(samples)} observations")
         pack = read_pack(cell.plan.pack(cell.family, cell.variant, arm))
         quantized: Policy = load_policy(cell.checkpoint)
         report = apply_pack(quantized, pack)
         sizes[arm] = (report.layer_bytes, report.layer_bytes_16bit)
+        backends[arm] = report.backend
         drift[arm] = chunk_drift(expected, predict_chunks(quantized, observations, seeds))
         layers[arm] = layer_drift(
             policy, quantized, observations[few], seeds[few], list(pack.layers)
@@ -77,7 +80,7 @@ def measure_drift(cell: Cell, policy: Policy, say: Callable[[str], None]) -> Non
         errors = {n: e for n, e in layers[ARMS[0]].local.items() if shown[n].side == side}
         chosen.update({name: shown[name] for name in worst_layers(errors)})
     diagnostics = diagnose_layers(policy, observations[few], chosen, seeds=seeds[few])
-    _write(path, CellDrift(drift, layers, sizes, diagnostics))
+    _write(path, CellDrift(drift, layers, sizes, backends, diagnostics))
 
 
 def _write(path: Path, measured: CellDrift) -> None:
@@ -102,6 +105,7 @@ def read_drift(folder: Path) -> CellDrift:
             for arm, d in plain["layers"].items()
         },
         sizes={arm: (stored, full) for arm, (stored, full) in plain["sizes"].items()},
+        backends=plain["backends"],
         diagnostics=tuple(_diagnostics(d) for d in plain["diagnostics"]),
     )
 

@@ -22,7 +22,8 @@ from omega_qvla.evaluation.records import Protocol
 ARMS = ("rtn", "omega-paper", "omega")
 PLAIN, OUTLIERS = "plain", "outliers"
 VARIANTS = (PLAIN, OUTLIERS)
-EPISODES = 2
+#: Per task and arm: so many that the whole demo takes some five minutes on two cores.
+EPISODES = 4
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ _ARMS = {
     "omega-paper": "the published recipe: SVD and Hadamard rotations, a table of scales per "
     "denoising step and channel; computed in floating point, since those scales do not factor "
     "out of an integer product",
-    "omega": "W4A4 that runs on integers: robust smoothing, Hadamard rotation, GPTQ, scales per "
-    "token and group of 64 channels",
+    "omega": "W4A4 made for integer arithmetic: robust smoothing, Hadamard rotation, GPTQ, scales "
+    "per token and group of 64 channels",
 }
 _ACTIONS = ("dx", "dy", "dz", "gripper")
 
@@ -68,7 +68,7 @@ def make_report(
         episodes=tuple(_episodes(plan, records)),
         action_names=_ACTIONS if plan.env == "metaworld" else (),
         environment=environment(),
-        notes=_notes(plan),
+        notes=_notes(plan, measured),
         command=f"omega-qvla demo --episodes {plan.episodes} --out {plan.out}",
     )
     return write_report(data, path)
@@ -93,8 +93,9 @@ def _episodes(plan: DemoPlan, records: Sequence[EpisodeRecord]) -> list[PairedEp
     return found
 
 
-def _notes(plan: DemoPlan) -> tuple[str, ...]:
+def _notes(plan: DemoPlan, measured: Measured) -> tuple[str, ...]:
     protocol = plan.protocol
+    backends = {f"{arm}: {name}" for m in measured.values() for arm, name in m.backends.items()}
     seeds: Mapping[str, str] = {
         PLAIN: "as trained",
         OUTLIERS: f"channels scaled up to {plan.ratio:.0f} times the median and the layers that "
@@ -110,5 +111,6 @@ def _notes(plan: DemoPlan) -> tuple[str, ...]:
         "different episodes of scripted experts.",
         f"Drift per layer on about {plan.layer_samples} of the held-out observations.",
         *(f"Checkpoint variant {name!r}: {text}." for name, text in seeds.items()),
+        f"Backends of the quantized layers: {', '.join(sorted(backends))}.",
         "omega is built as two packs, backbone and action head, that are merged.",
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import queue
 import time
 from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from omega_qvla.cli.demo.loop import play
 from omega_qvla.cli.demo.observations import collect_observations
 from omega_qvla.cli.demo.plan import ARMS, DemoPlan
 from omega_qvla.cli.demo.table import brief, show_table
+from omega_qvla.cli.processes import CONTEXT, process_pool
 from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
 from omega_qvla.evaluation.summary import Summary, summarise
@@ -79,24 +79,16 @@ def summarise_demo(records: list[EpisodeRecord], measured: Measured) -> Summary:
 
 def _build_cells(plan: DemoPlan, console: Console) -> None:
     """Every cell in a process of its own, `plan.workers` at a time."""
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(plan.workers, mp_context=context) as pool,
-    ):
+    with CONTEXT.Manager() as manager, process_pool(plan.workers) as pool:
         said = manager.Queue()
         pending = {
             pool.submit(build_cell_in_process, Cell(plan, *cell), said) for cell in plan.cells
         }
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                _drain(said, console)
-                for future in done:
-                    future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            _drain(said, console)
+            for future in done:
+                future.result()
 
 
 def build_cell_in_process(cell: Cell, said: Any) -> None:

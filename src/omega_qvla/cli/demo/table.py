@@ -15,8 +15,8 @@ from omega_qvla.evaluation.records import REFERENCE
 ARM_NAMES = {
     REFERENCE: "full precision",
     "rtn": "naive W4A4",
-    "omega-paper": "omega-paper (emulated)",
-    "omega": "omega (integers)",
+    "omega-paper": "omega-paper",
+    "omega": "omega",
 }
 VARIANT_NAMES = {PLAIN: "as trained", OUTLIERS: "outlier channels"}
 _KEYS = ("episodes", "success", "interval", "cosine", "layer_bytes", "layer_bytes_16bit")

@@ -16,7 +16,7 @@ same episodes. Each policy is taken twice: as trained, and with outlier channels
 without changing its function, as large checkpoints have them.
 
 Arms: the original in full precision; naive W4A4 (round to nearest); omega-paper (the
-published recipe, emulated); omega (this project's default, on integers).
+published recipe, emulated); omega (this project's default, made for integers).
 
 Leaves summary.json, report.html, packs and episodes in --out. A call that was cut off
 goes on where it stopped.
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="directory with the checkpoints (default: assets/ of the source tree or here)",
     )
     parser.add_argument(
-        "--episodes", type=at_least(1), metavar="N", help="per task and arm (default: 2)"
+        "--episodes", type=at_least(1), metavar="N", help="per task and arm (default: 4)"
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all six")
     parser.add_argument(
