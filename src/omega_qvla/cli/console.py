@@ -17,6 +17,7 @@ from rich.table import Table
 #: (done, total, what was just done)
 Tick = Callable[[int, int, str], None]
 _LOG_WIDTH = 160
+_WHAT_WIDTH = 32
 
 
 class Console:
@@ -91,7 +92,7 @@ class Console:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[what]}"),
@@ -100,6 +101,8 @@ class Console:
             task = progress.add_task(escape(title), total=None, what="")
 
             def tick(done: int, total: int, what: str) -> None:
-                progress.update(task, completed=done, total=total, what=escape(what))
+                # The end of a layer's name tells it apart; a long one would squeeze out the bar.
+                short = what if len(what) <= _WHAT_WIDTH else f"…{what[1 - _WHAT_WIDTH :]}"
+                progress.update(task, completed=done, total=total, what=escape(short))
 
             yield tick

@@ -86,10 +86,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.note(f"loading {args.checkpoint}")
     policy = load_policy(args.checkpoint, device=args.device)
     console.note(f"recipe {recipe.name}, {args.side}")
-    with console.bar("") as tick:
+    with console.bar(f"building {args.out.name}") as tick:
 
         def show(progress: Progress) -> None:
-            tick(progress.done, progress.total, f"{progress.stage} {progress.layer}")
+            tick(progress.done, progress.total, progress.layer or progress.stage)
 
         quantize_policy(
             policy,

@@ -37,6 +37,7 @@ class DemoPlan:
     layer_samples: observations behind the drift per layer.
     ratio: largest channel over the median one that the outlier variants get.
     env, env_options, collector: as in `evaluation.plan.Plan` and `sources.collect_episodes`.
+    command: what a user types to repeat it.
     """
 
     out: Path
@@ -56,6 +57,7 @@ class DemoPlan:
     env_options: Mapping[str, Any] = field(default_factory=dict)
     collector: str = EXPERT
     protocol: Protocol = field(default_factory=Protocol)
+    command: str = "omega-qvla demo"
 
     @property
     def cells(self) -> list[tuple[str, str]]:
@@ -120,20 +122,25 @@ def plan_from_arguments(args: argparse.Namespace) -> DemoPlan:
         raise ConfigError(f"the checkpoints see images of different sizes: {sizes}")
     options = {"size": next(iter(sizes.values()))}
     tasks = tuple(check_tasks(args.tasks or list(TASKS)))
+    episodes = args.episodes or (1 if args.quick else EPISODES)
+    common: dict[str, Any] = {
+        "out": args.out,
+        "checkpoints": found,
+        "episodes": episodes,
+        "workers": args.workers,
+        "env_options": options,
+        "command": f"omega-qvla demo{' --quick' * args.quick} --episodes {episodes} "
+        f"--out {args.out}",
+    }
     if not args.quick:
-        episodes = args.episodes or EPISODES
-        return DemoPlan(args.out, found, tasks, episodes, args.workers, env_options=options)
+        return DemoPlan(tasks=tasks, **common)
     return DemoPlan(
-        args.out,
-        found,
-        tasks if args.tasks else tuple(TASKS)[:2],
-        args.episodes or 1,
-        args.workers,
+        tasks=tasks if args.tasks else tuple(TASKS)[:2],
         collect_episodes=1,
         num_samples=8,
         held_out=8,
         layer_samples=4,
-        env_options=options,
+        **common,
     )
 
 

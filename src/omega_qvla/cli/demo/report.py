@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omega_qvla.cli.checkpoints import FAMILIES, open_checkpoint
+from omega_qvla.cli.checkpoints import open_checkpoint
 from omega_qvla.cli.demo.drift import SHOWN
 from omega_qvla.cli.demo.loop import recorded, traces
 from omega_qvla.cli.demo.plan import ARMS, OUTLIERS, PLAIN, DemoPlan
+from omega_qvla.cli.demo.table import FAMILY_NAMES
 from omega_qvla.cli.formats import count
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.records import REFERENCE, Episode, EpisodeRecord
@@ -31,7 +32,7 @@ _ARMS = {
     "scale per token",
     "omega-paper": "the published recipe: SVD and Hadamard rotations, a table of scales per "
     "denoising step and channel; computed in floating point, since those scales do not factor "
-    "out of an integer product",
+    "out of an integer product; its rotations are stored and count as bytes",
     "omega": "W4A4 made for integer arithmetic: robust smoothing, Hadamard rotation, GPTQ, scales "
     "per token and group of 64 channels",
 }
@@ -46,16 +47,12 @@ def make_report(
     path: Path,
 ) -> Path:
     """Write the page."""
-    families = {}
-    for family, checkpoint in plan.checkpoints.items():
-        total = sum(open_checkpoint(checkpoint).parameters().values())
-        families[family] = f"{FAMILIES[family]}, {count(total)} parameters"
     data = ReportData(
         summary=summary,
         title="Two robot policies at 4 bits",
         featured=SHOWN,
         arms=_ARMS,
-        families=families,
+        families=FAMILY_NAMES,
         layer_drift=tuple(
             DriftView(family, variant, arm, found.layers[arm])
             for (family, variant), found in measured.items()
@@ -63,13 +60,14 @@ def make_report(
         ),
         layer_views=tuple(
             LayerView(family, variant, SHOWN, found.diagnostics)
-            for (family, variant), found in measured.items()
+            # Outliers first: the page shows the first one unfolded.
+            for (family, variant), found in sorted(measured.items(), key=lambda m: m[0][1])
         ),
         episodes=tuple(_episodes(plan, records)),
         action_names=_ACTIONS if plan.env == "metaworld" else (),
         environment=environment(),
         notes=_notes(plan, measured),
-        command=f"omega-qvla demo --episodes {plan.episodes} --out {plan.out}",
+        command=plan.command,
     )
     return write_report(data, path)
 
@@ -96,13 +94,20 @@ def _episodes(plan: DemoPlan, records: Sequence[EpisodeRecord]) -> list[PairedEp
 def _notes(plan: DemoPlan, measured: Measured) -> tuple[str, ...]:
     protocol = plan.protocol
     backends = {f"{arm}: {name}" for m in measured.values() for arm, name in m.backends.items()}
-    seeds: Mapping[str, str] = {
+    totals = {
+        FAMILY_NAMES[family]: sum(open_checkpoint(path).parameters().values())
+        for family, path in plan.checkpoints.items()
+    }
+    variants: Mapping[str, str] = {
         PLAIN: "as trained",
         OUTLIERS: f"channels scaled up to {plan.ratio:.0f} times the median and the layers that "
         "read them scaled down, so that the function is the same",
     }
     return (
-        f"{plan.episodes} episodes of each of {len(plan.tasks)} tasks per arm, from initial "
+        "Two small policies, trained for this: "
+        + ", ".join(f"{name}, {count(total)} parameters" for name, total in totals.items())
+        + ".",
+        f"{len(plan.tasks)} tasks with {plan.episodes} episode(s) each per arm, from initial "
         "states that training never saw; every arm starts from the same state and denoises the "
         "same noise.",
         f"{protocol.execute} actions of each chunk are executed before the policy looks again; "
@@ -110,7 +115,7 @@ def _notes(plan: DemoPlan, measured: Measured) -> tuple[str, ...]:
         f"Calibration on {plan.num_samples} observations, drift on {plan.held_out} others, from "
         "different episodes of scripted experts.",
         f"Drift per layer on about {plan.layer_samples} of the held-out observations.",
-        *(f"Checkpoint variant {name!r}: {text}." for name, text in seeds.items()),
+        *(f"Checkpoint variant {name!r}: {text}." for name, text in variants.items()),
         f"Backends of the quantized layers: {', '.join(sorted(backends))}.",
         "omega is built as two packs, backbone and action head, that are merged.",
     )

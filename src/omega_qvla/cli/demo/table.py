@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.cli.checkpoints import FAMILIES
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.demo.plan import OUTLIERS, PLAIN, DemoPlan
 from omega_qvla.cli.formats import percent, rate, size
@@ -18,6 +17,7 @@ ARM_NAMES = {
     "omega-paper": "omega-paper",
     "omega": "omega",
 }
+FAMILY_NAMES = {"pi05": "π0.5 architecture", "groot_n15": "GR00T N1.5 architecture"}
 VARIANT_NAMES = {PLAIN: "as trained", OUTLIERS: "outlier channels"}
 _KEYS = ("episodes", "success", "interval", "cosine", "layer_bytes", "layer_bytes_16bit")
 
@@ -46,7 +46,7 @@ def show_table(
         for variant, arms in variants.items():
             for arm, values in arms.items():
                 first = arm == REFERENCE
-                policy = FAMILIES[family] if first else ""
+                policy = FAMILY_NAMES[family] if first else ""
                 rows.append((policy, VARIANT_NAMES[variant] if first else "", *_cells(arm, values)))
     columns = ["policy", "checkpoint", "arm", "success (95%)", "cosine median", "cosine min",
                "quantized layers"]  # fmt: skip
