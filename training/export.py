@@ -6,13 +6,21 @@ python training/export.py --run RUN --data DIR --out assets/pi05-metaworld
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from data import load_demonstrations
 from families import FAMILIES, make_family
+from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.registry import save_policy
+
+
+def allow_longer_prompts(policy: Pi05Policy) -> None:
+    """Training pads every prompt to the longest of the data; a user may type a longer one."""
+    config = dataclasses.replace(policy.model.config, max_token_len=64)
+    policy.model.config = policy.processor.model = config
 
 
 def export(run: Path, data: Path, out: Path) -> None:
@@ -25,6 +33,8 @@ def export(run: Path, data: Path, out: Path) -> None:
     parameters = {n for n, _ in family.trainable.named_parameters()}
     if unexpected or parameters & set(missing):
         raise SystemExit(f"{run}: the state does not fit: {missing} {unexpected}")
+    if isinstance(family.policy, Pi05Policy):
+        allow_longer_prompts(family.policy)
     save_policy(family.policy, out)
     print(f"{out}: step {state['step']}, {state['elapsed'] / 60:.1f} minutes of training")
 
