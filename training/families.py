@@ -51,10 +51,12 @@ class Trainable(nn.Module):
     direct reason for the vision tower to look, which flow matching alone is slow to give.
     """
 
-    def __init__(self, model: nn.Module, features: int) -> None:
+    def __init__(self, model: nn.Module, features: int, seed: int) -> None:
         super().__init__()
         self.model = model
-        self.locate = nn.Sequential(nn.Linear(features, 128), nn.GELU(), nn.Linear(128, 3))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.locate = nn.Sequential(nn.Linear(features, 128), nn.GELU(), nn.Linear(128, 3))
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def make_family(name: str, demos: Demonstrations, seed: int, compiled: bool = Tr
     """Build tokenizer, statistics and a freshly initialised network."""
     spec = FAMILIES[name]
     policy, features = spec.build(demos, seed)
-    net = Trainable(policy.module, features)
+    net = Trainable(policy.module, features, seed)
     residuals = torch.compile(spec.flow, dynamic=False) if compiled else spec.flow
 
     def losses(batch: Batch, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

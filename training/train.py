@@ -137,7 +137,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         self.average.update(self.family.trainable, self.step)
-        return float(flow), float(auxiliary)
+        return float(flow.detach()), float(auxiliary.detach())
 
 
 def validate(run: Run, demos: Demonstrations, rows: torch.Tensor) -> float:
