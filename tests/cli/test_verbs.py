@@ -80,8 +80,9 @@ def test_inspect_lists_every_layer(place: Path, run: Run) -> None:
     assert len(data["layers"]) == 23
     assert data["recipe"]["name"] == "omega"
     assert data["calibration"]["count"] == 6
-    layer = data["layers"][0]
-    assert layer["scheme"].startswith("W4A4 per_token_group/64, smooth, hadamard/64, gptq")
+    # The action head's rank-4 residual weighs more than that on layers this narrow.
+    layer = next(x for x in data["layers"] if x["side"] == "backbone")
+    assert layer["scheme"] == "W4A4 per_token_group/64, smooth, hadamard/64, gptq/row"
     assert 0.25 < layer["bytes"] / layer["bytes_16bit"] < 0.3
     assert data["layer_bytes"] == sum(x["bytes"] for x in data["layers"])
 
@@ -91,7 +92,8 @@ def test_building_both_sides_at_once_gives_the_merged_pack(place: Path, run: Run
     source = ["--observations", place / "observations.safetensors", "--num-samples", 6]
     code, data = run("quantize", place / "checkpoint", *source, "--out", out)
     assert (code, data["layers"]) == (0, 23)
-    assert data["layer_bytes"] < 0.3 * data["layer_bytes_16bit"]
+    # 0.311: layers of 128 channels; the bundled policies stay under 0.3 (test_assets.py).
+    assert data["layer_bytes"] < 0.315 * data["layer_bytes_16bit"]
     assert out.read_bytes() == (place / "omega.safetensors").read_bytes()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.parsing import SIDES
 
 if TYPE_CHECKING:
     from omega_qvla.config.recipe import Scheme
@@ -41,12 +43,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     rows = [layer_row(layer) for layer in pack.layers.values()]
     console.facts(_facts(args.pack, manifest, sizes))
     if not args.no_layers:
-        columns = ["layer", "side", "scheme", "shape", "bytes", "of 16 bit"]
-        table = [
-            (r["name"], r["side"], r["scheme"], "{} x {}".format(*r["shape"]), size(r["bytes"]),
-             percent(r["bytes"] / r["bytes_16bit"], 1)) for r in rows
-        ]  # fmt: skip
-        console.table(columns, table, left=3)
+        for side in SIDES:
+            _show_side(console, side, [row for row in rows if row["side"] == side])
     console.result(
         {
             "path": str(args.pack),
@@ -64,6 +62,26 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _show_side(console: Console, side: str, rows: list[dict[str, Any]]) -> None:
+    """What all layers of a side have in common in words, the rest as a table."""
+    if not rows:
+        return
+    parents = [row["name"].rpartition(".")[0].replace(".", "/") for row in rows]
+    prefix = commonpath(parents).replace("/", ".")
+    schemes = sorted({row["scheme"] for row in rows})
+    common = schemes[0] if len(schemes) == 1 else "several"
+    console.facts({side: f"{len(rows)} layers", "under": prefix or "-", "scheme": common})
+    columns, left = ["layer", "shape", "bytes", "of 16 bit"], 1
+    table = [
+        [r["name"].removeprefix(f"{prefix}."), "{} x {}".format(*r["shape"]), size(r["bytes"]),
+         percent(r["bytes"] / r["bytes_16bit"], 1)] for r in rows
+    ]  # fmt: skip
+    if len(schemes) > 1:
+        columns, left = ["layer", "scheme", *columns[1:]], 2
+        table = [[line[0], row["scheme"], *line[1:]] for line, row in zip(table, rows, strict=True)]
+    console.table(columns, table, left=left)
 
 
 def _facts(path: Path, manifest: Manifest, sizes: Sizes) -> dict[str, Any]:

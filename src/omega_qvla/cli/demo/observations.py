@@ -51,5 +51,7 @@ def collect_observations(plan: DemoPlan, console: Console) -> None:
         chosen = select_samples(found.take(own), min(counts[kind], len(own)), plan.seed)
         path = observation_file(plan, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_observations(path, chosen.observations, chosen.meta, found.source)
+        own_seeds = sorted({meta.episode for meta in chosen.meta})
+        source = f"{plan.collector}, seeds {own_seeds[0]} to {own_seeds[-1]}"
+        write_observations(path, chosen.observations, chosen.meta, source)
         console.note(f"observations: {len(chosen)} for {kind}")
