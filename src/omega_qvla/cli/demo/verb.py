@@ -24,7 +24,7 @@ goes on where it stopped.
 EXAMPLES = """\
   omega-qvla demo
   omega-qvla demo --quick --out runs/quick        a minute, only to see that it runs
-  omega-qvla demo --episodes 20 --out runs/long   tight intervals, about an hour
+  omega-qvla demo --episodes 20 --out runs/long   tighter intervals, about 20 minutes
 """
 
 
