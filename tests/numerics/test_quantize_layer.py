@@ -154,7 +154,12 @@ def test_odd_shapes_one_token(name: str, out: int, width: int) -> None:
     side = preset(name).action_head
     assert side is not None
     samples, weight = tokens(1, width, 2), layer_weight(out, width)
-    layer = quantize_layer("l", "action_head", weight, None, side.scheme, stats_of(samples), 2)
+    scheme, rank = side.scheme, min(side.scheme.weight.rank, out, width)
+    if rank < scheme.weight.rank:
+        with pytest.raises(NumericsError, match=f"rank {scheme.weight.rank} .* of {out}x{width}"):
+            quantize_layer("l", "action_head", weight, None, scheme, stats_of(samples), 2)
+    scheme = dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, rank=rank))
+    layer = quantize_layer("l", "action_head", weight, None, scheme, stats_of(samples), 2)
     x = samples[1]
     limit = 0.4 if name == "rtn" else 0.15  # few outputs: .23 and .08 measured
     assert nmse(linear(x, layer, Step(1, 2)), x @ weight.T) < limit
