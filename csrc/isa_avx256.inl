@@ -20,6 +20,8 @@ struct Vec {
     OMEGA_DOTS
     static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
     static inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+    static inline F as_float(I v) { return _mm256_castsi256_ps(v); }
+    static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static inline F splatf(float v) { return _mm256_set1_ps(v); }
     static inline F load(const float* p) { return _mm256_loadu_ps(p); }
     static inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }

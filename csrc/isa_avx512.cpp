@@ -28,13 +28,18 @@ struct Vec {
         even = _mm512_and_si512(both, mask);
         odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
     }
-    static inline void dot(I& sum, I w, I a) { sum = _mm512_dpbusd_epi32(sum, w, a); }
+    // Not the intrinsic: with it GCC keeps copies of the sums and spills some in the inner loop.
+    static inline void dot(I& sum, I w, I a) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
+    }
     static inline void dot2(I& sum, I even, I odd, I a, I b) {
         dot(sum, even, a);
         dot(sum, odd, b);
     }
     static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
     static inline F to_float(I v) { return __builtin_convertvector((__v16si)v, F); }
+    static inline F as_float(I v) { return _mm512_castsi512_ps(v); }
+    static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static inline F splatf(float v) { return _mm512_set1_ps(v); }
     static inline F load(const float* p) { return _mm512_loadu_ps(p); }
     static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }

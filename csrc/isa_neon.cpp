@@ -41,6 +41,8 @@ struct Vec {
     }
     static inline I add(I a, I b) { return vaddq_s32(a, b); }
     static inline F to_float(I v) { return vcvtq_f32_s32(v); }
+    static inline F as_float(I v) { return vreinterpretq_f32_s32(v); }
+    static inline F sub(F a, F b) { return vsubq_f32(a, b); }
     static inline F splatf(float v) { return vdupq_n_f32(v); }
     static inline F load(const float* p) { return vld1q_f32(p); }
     static inline void store(float* p, F v) { vst1q_f32(p, v); }

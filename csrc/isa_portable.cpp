@@ -30,6 +30,8 @@ struct Vec {
     }
     static inline I add(I a, I b) { return a + b; }
     static inline F to_float(I v) { return __builtin_convertvector(v, F); }
+    static inline F as_float(I v) { return F(v); }
+    static inline F sub(F a, F b) { return a - b; }
     static inline F splatf(float v) { return F{v, v, v, v}; }
     static inline F load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
     static inline void store(float* p, F v) { *reinterpret_cast<Loose*>(p) = v; }

@@ -4,9 +4,12 @@
 // w: 4-bit weights. Weights are kept as w + 8 in 0..15 (what the byte products take), so each
 // sum starts from -8 * sum_k a[m, k] ("offset"); all of it stays in exact 32-bit integers.
 //
-// Weights: panels of 16 outputs. A panel is a run of 64-byte pieces, one per 8 inputs: byte
-// 4 * n + j holds w[n, 8p + j] in its low nibble and w[n, 8p + 4 + j] in its high nibble, j < 4.
-// Activations: tiles of R rows, [inputs / 4][R][4] bytes, so a tile is read front to back.
+// Weights: panels of 16 outputs, cut into pieces of 8 inputs, 64 bytes each: byte 4 * n + j
+// holds w[n, 8p + j] in its low nibble and w[n, 8p + 4 + j] in its high nibble, j < 4. The panels
+// that one tile meets at a time (a strip) lie piece beside piece: [strip][inputs / 8][panels][64],
+// so that the whole matrix is read front to back.
+// Activations: tiles of up to 8 rows, [inputs / 4][8][4] bytes, so a tile is read front to back
+// (a tile of one row: [inputs / 4][1][4]).
 // Segments: runs of inputs within which both scales are constant. One segment: a plain sum.
 #pragma once
 
@@ -19,18 +22,19 @@ constexpr int kPanel = 16;     // outputs of a panel
 constexpr int kPiece = 8;      // inputs of a 64-byte piece
 constexpr int kPieceBytes = 64;
 constexpr int kSegment = 16;   // segments are multiples of this many inputs
-constexpr int kMaxRows = 8;   // rows of the tallest tile of any instruction set
+constexpr int kMaxRows = 8;     // rows of the tallest tile of any instruction set
+constexpr int kRowStride = 8;   // rows that a tile of more than one has room for
 constexpr int kModes = 4;
 
 // Bits of a tile's mode: which scales change from segment to segment.
 constexpr int kActSegments = 1;
 constexpr int kWeightSegments = 2;
 
-// One tile times one strip (one or more neighbouring panels).
+// One tile times one strip, or two (a wide strip) where a tile is too low to be busy with one.
 struct TileArgs {
-    const uint8_t* weight;     // first panel of the strip
-    size_t panel_bytes;        // from one panel to the next
-    const int8_t* acts;        // [inputs / 4][rows][4]
+    const uint8_t* weight;     // the strip
+    size_t strip_bytes;        // from one strip to the next
+    const int8_t* acts;        // [inputs / 4][8 or 1][4]
     const int32_t* offset;     // [segments][rows]: -8 * the segment's sum of activations
     const float* act_scale;    // [segments][rows], with kActSegments
     const float* weight_scale; // [segments][outputs] from the strip's first, with kWeightSegments
@@ -66,21 +70,29 @@ struct Prologue {
     int group = 0;                       // inputs per group (a multiple of `segment`)
     int segments = 1;
     int segment = 0;                     // inputs per segment
+    int32_t start = 0;                   // what sums start from, besides their offset
 };
+
+// Sums of segments start from the bits of this float: read as a float, such a sum is itself plus
+// 1.5 * 2^23 while it is below 2^22. (A subtraction then replaces the conversion, which on some
+// CPUs competes with the products.)
+constexpr int32_t kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912.0f;
+constexpr int kMaxSegmentSum = 1 << 22;
 
 // Where a tile's integers go.
 struct QuantTile {
     int rows;
-    int8_t* acts;        // [padded / 4][rows][4]
+    int8_t* acts;        // [padded / 4][8 or 1][4]
     int32_t* offset;     // [segments][rows]
     float* act_scale;    // [segments][rows], null when the scale is per token
     float* token_scale;  // [rows]
 };
 
-// Scratch of one thread: kMaxRows rows of floats, one row of bytes.
+// Scratch of one thread: rows of floats, kMaxRows of them for a dense rotation, and of bytes.
 struct Scratch {
-    float* rows;      // [kMaxRows][padded]
-    int8_t* bytes;    // [padded]
+    float* rows;      // [kMaxRows or 1][padded]
+    int8_t* bytes;    // [kMaxRows][padded]
 };
 
 using PrologueFn = void (*)(const Prologue&, const float* x, size_t x_stride, int step,

@@ -52,6 +52,13 @@ void Linear::set_segments(const LinearSpec& spec) {
         refuse("groups of " + std::to_string(p.segment) + " inputs: must be multiples of " +
                std::to_string(kSegment));
     }
+    // Sums of a segment must stay below kMaxSegmentSum: cut long ones.
+    const int largest = 8 << (spec.bits - 1);
+    while (mode_ && p.segment > kMaxSegmentSum / largest - 1) {
+        if (p.segment % (2 * kSegment)) refuse("groups too large for this kernel");
+        p.segment /= 2;
+    }
+    p.start = mode_ ? kMagicBits : 0;
     p.padded = round_up(spec.inputs, p.segment);
     p.segments = p.padded / p.segment;
     p.group = act ? act : p.padded;
@@ -88,12 +95,15 @@ void Linear::set_prologue(const LinearSpec& spec) {
 
 void Linear::repack(const LinearSpec& spec) {
     const int row_bytes = (spec.inputs + 1) / 2, pieces = prologue_.padded / kPiece;
-    panel_bytes_ = size_t(pieces) * kPieceBytes;
-    weight_.reserve(size_t(padded_outputs_ / kPanel) * panel_bytes_);
+    const int panels = isa_.panels[0], step = panels * kPieceBytes;
+    strip_bytes_ = size_t(pieces) * step;
+    weight_.reserve(padded_outputs_ / (kPanel * panels) * strip_bytes_);
     for (int n = 0; n < padded_outputs_; ++n) {
-        uint8_t* to = weight_.data() + (n / kPanel) * panel_bytes_ + (n % kPanel) * 4;
+        const int panel = n / kPanel;
+        uint8_t* to = weight_.data() + (panel / panels) * strip_bytes_ +
+                      (panel % panels) * kPieceBytes + (n % kPanel) * 4;
         const uint8_t* row = spec.qweight + size_t(n) * row_bytes;
-        for (int p = 0; p < pieces; ++p, to += kPieceBytes) {
+        for (int p = 0; p < pieces; ++p, to += step) {
             uint32_t eight = 0x88888888u;  // zeros, stored as 8
             const int left = n < outputs_ ? row_bytes - 4 * p : 0;
             if (left > 0) std::memcpy(&eight, row + 4 * p, left < 4 ? left : 4);

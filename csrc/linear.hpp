@@ -59,7 +59,7 @@ private:
     int outputs_, padded_outputs_, steps_;
     int mode_ = 0;
     Prologue prologue_;
-    size_t panel_bytes_ = 0;
+    size_t strip_bytes_ = 0;
     Buffer<uint8_t> weight_;
     Buffer<float> row_scale_, weight_scale_, bias_;
     Buffer<float> multiplier_, matrix_, table_;

@@ -38,7 +38,7 @@ public:
         wide_ = rows <= layer.isa_.wide_rows;
         strip_panels_ = layer.isa_.panels[wide_];
         strips_ = layer.padded_outputs_ / (kPanel * strip_panels_);
-        const size_t tile_bytes = size_t(layer.isa_.max_rows) * p.padded;
+        const size_t tile_bytes = size_t(kRowStride) * p.padded;
         const int fit = int(std::max<size_t>(1, kBlockBytes / tile_bytes));
         blocks_ = (tiles_ + fit - 1) / fit;
         if (threads > 1) {
@@ -59,7 +59,7 @@ public:
     void quantize(int participant) {
         const Prologue& p = layer_.prologue_;
         const Scratch scratch{space_.rows.data() + size_t(participant) * row_floats(),
-                              space_.bytes.data() + size_t(participant) * p.padded};
+                              space_.bytes.data() + size_t(participant) * p.padded * kMaxRows};
         for (int i; (i = next_tile_.fetch_add(1)) < tiles_;) {
             layer_.isa_.prologue(p, x_ + size_t(first_row(i)) * p.inputs, p.inputs, step_,
                                  tile(i), scratch);
@@ -72,11 +72,13 @@ public:
     int first_row(int tile) const {
         return int(int64_t(rows_) * tile / tiles_);
     }
+    // Rows of bytes before a tile: a lone row needs one, other tiles room for kRowStride.
+    size_t acts_row(int tile) const { return rows_ == 1 ? 0 : size_t(tile) * kRowStride; }
     QuantTile tile(int i) const {
         const Prologue& p = layer_.prologue_;
         const size_t first = first_row(i);
         const bool grouped = layer_.mode_ & kActSegments;
-        return {first_row(i + 1) - int(first), space_.acts.data() + first * p.padded,
+        return {first_row(i + 1) - int(first), space_.acts.data() + acts_row(i) * p.padded,
                 space_.offset.data() + first * p.segments,
                 grouped ? space_.act_scale.data() + first * p.segments : nullptr,
                 space_.token_scale.data() + first};
@@ -90,12 +92,12 @@ private:
 
     void reserve(int threads) {
         const Prologue& p = layer_.prologue_;
-        space_.acts.reserve(size_t(rows_) * p.padded);
+        space_.acts.reserve((rows_ == 1 ? 1 : acts_row(tiles_)) * p.padded);
         space_.offset.reserve(size_t(rows_) * p.segments);
         if (layer_.mode_ & kActSegments) space_.act_scale.reserve(size_t(rows_) * p.segments);
         space_.token_scale.reserve(rows_);
         space_.rows.reserve(row_floats() * threads);
-        space_.bytes.reserve(size_t(p.padded) * threads);
+        space_.bytes.reserve(size_t(p.padded) * kMaxRows * threads);
     }
 
     // One block of tiles times one chunk of strips.
@@ -124,7 +126,7 @@ private:
     TileArgs common() const {
         const Prologue& p = layer_.prologue_;
         TileArgs t{};
-        t.panel_bytes = layer_.panel_bytes_;
+        t.strip_bytes = layer_.strip_bytes_;
         t.outputs = layer_.padded_outputs_;
         t.segments = p.segments;
         t.pieces = p.segment / kPiece;
@@ -133,7 +135,8 @@ private:
     }
 
     void point_at(int column, TileArgs& t) const {
-        t.weight = layer_.weight_.data() + (column / kPanel) * layer_.panel_bytes_;
+        t.weight = layer_.weight_.data() +
+                   column / (kPanel * layer_.isa_.panels[0]) * layer_.strip_bytes_;
         t.weight_scale = layer_.weight_scale_.data() + (layer_.weight_scale_.size() ? column : 0);
         t.row_scale = layer_.row_scale_.data() + column;
         t.bias = layer_.bias_.data() + column;
@@ -166,10 +169,11 @@ void Linear::quantize(const float* x, int rows, int step, int8_t* q, float* scal
     const Prologue& p = prologue_;
     for (int i = 0; i < product.tiles(); ++i) {
         const QuantTile t = product.tile(i);
+        const int stride = t.rows == 1 ? 1 : kRowStride;
         for (int r = 0; r < t.rows; ++r) {
             const size_t row = size_t(product.first_row(i)) + r;
             for (int k = 0; k < p.inputs; ++k) {
-                q[row * p.inputs + k] = t.acts[(size_t(k / 4) * t.rows + r) * 4 + k % 4];
+                q[row * p.inputs + k] = t.acts[(size_t(k / 4) * stride + r) * 4 + k % 4];
             }
             for (int g = 0; g < p.groups; ++g) {
                 const size_t s = size_t(g) * (p.group / p.segment);

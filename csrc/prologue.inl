@@ -54,10 +54,9 @@ inline Floats butterflies(Floats v) {
 
 // Unnormalized Walsh-Hadamard transform of N * LANES neighbouring floats, in registers.
 template <int N>
-inline void hadamard_registers(float* p) {
-    Floats v[N];
+inline void hadamard_registers(Floats (&v)[N]) {
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) v[i] = butterflies(load(p + i * LANES));
+    for (int i = 0; i < N; ++i) v[i] = butterflies(v[i]);
 #pragma GCC unroll 4
     for (int h = 1; h < N; h *= 2) {
 #pragma GCC unroll 16
@@ -68,6 +67,14 @@ inline void hadamard_registers(float* p) {
             v[i + h] = a - b;
         }
     }
+}
+
+inline void hadamard64(float* p) {
+    constexpr int N = 64 / LANES;
+    Floats v[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) v[i] = load(p + i * LANES);
+    hadamard_registers(v);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) store(p + i * LANES, v[i]);
 }
@@ -76,7 +83,7 @@ inline void hadamard_registers(float* p) {
 void hadamard(float* p, int n) {
     int h = 1;
     if (n % 64 == 0) {
-        for (int i = 0; i < n; i += 64) hadamard_registers<64 / LANES>(p + i);
+        for (int i = 0; i < n; i += 64) hadamard64(p + i);
         h = 64;
     }
     for (; h < LANES && h < n; h *= 2) {
@@ -217,6 +224,23 @@ void load_row(const Prologue& pro, const float* x, float* p) {
     for (; j < pro.padded; ++j) p[j] = 0.0f;
 }
 
+// load_row and blocks of 64 in one pass, the usual case.
+void load_row_hadamard64(const Prologue& pro, const float* x, float* p) {
+    constexpr int N = 64 / LANES;
+    for (int j = 0; j < pro.inputs; j += 64) {
+        Floats v[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            v[i] = load(x + j + i * LANES);
+            if (pro.multiplier) v[i] *= load(pro.multiplier + j + i * LANES);
+        }
+        hadamard_registers(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) store(p + j + i * LANES, v[i]);
+    }
+    for (int j = pro.inputs; j < pro.padded; ++j) p[j] = 0.0f;
+}
+
 void rotate(const Prologue& pro, float* p, int rows) {
     switch (pro.rotation) {
         case Rotation::none: break;
@@ -227,6 +251,7 @@ void rotate(const Prologue& pro, float* p, int rows) {
 }
 
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 
 template <int D>
 inline Ints spread(Ints v) { return larger(v, Ints(swap_lanes<D>(Floats(v)))); }
@@ -252,22 +277,37 @@ inline Floats absmax(const float* p, int n) {
     return Floats(a);
 }
 
+inline int32_t sum_lanes(Ints v) {
+    v = v + Ints(swap_lanes<1>(Floats(v)));
+    v = v + Ints(swap_lanes<2>(Floats(v)));
+#if LANES >= 8
+    v = v + Ints(swap_lanes<4>(Floats(v)));
+#endif
+#if LANES >= 16
+    v = v + Ints(swap_lanes<8>(Floats(v)));
+#endif
+    return v[0];
+}
+
 // p times inverse, rounded to even and cut to the range, into bytes. Returns their sum.
+// FIXED scales may be far too small for p: cut before rounding, which works up to 2^22.
+template <bool FIXED>
 inline int32_t round_run(const Prologue& pro, const float* p, int n, Floats inverse, int8_t* q) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the addition rounds
+    const Ints low = Ints{} + int32_t(pro.low), high = Ints{} + int32_t(pro.high);
     Ints sum{};
     for (int i = 0; i < n; i += LANES) {
         Floats v = load(p + i) * inverse;
-        v = v < pro.low ? splat(pro.low) : v;
-        v = v > pro.high ? splat(pro.high) : v;
-        const Floats rounded = v + magic;
-        const Ints whole = Ints(rounded) - Ints(magic);
+        if (FIXED) {
+            v = v < pro.low ? splat(pro.low) : v;
+            v = v > pro.high ? splat(pro.high) : v;
+        }
+        Ints whole = Ints(v + magic) - Ints(magic);
+        whole = larger(smaller(whole, high), low);
         sum += whole;
         *reinterpret_cast<LooseBytes*>(q + i) = __builtin_convertvector(whole, Bytes);
     }
-    int32_t total = 0;
-    for (int i = 0; i < LANES; ++i) total += sum[i];
-    return total;
+    return sum_lanes(sum);
 }
 
 // One row of floats to integers, sums and scales.
@@ -292,32 +332,89 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
         }
         for (int i = 0; i < per_group && s < pro.segments; ++i, ++s) {
             const int at = s * pro.segment;
-            const int32_t sum = round_run(pro, p + at, pro.segment, inverse, q + at);
-            to.offset[s * to.rows + row] = -8 * sum;
+            const int32_t sum =
+                pro.table ? round_run<true>(pro, p + at, pro.segment, inverse, q + at)
+                          : round_run<false>(pro, p + at, pro.segment, inverse, q + at);
+            to.offset[s * to.rows + row] = pro.start - 8 * sum;
             if (to.act_scale) to.act_scale[s * to.rows + row] = scale[0];
         }
         to.token_scale[row] = to.act_scale ? 1.0f : scale[0];
     }
 }
 
-// A row's bytes into its place in the tile, four by four.
-inline void interleave(const int8_t* q, int padded, int row, const QuantTile& to) {
-    int8_t* out = to.acts + 4 * row;
-    for (int k = 0; k < padded; k += 4, out += 4 * to.rows) __builtin_memcpy(out, q + k, 4);
+typedef int32_t Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define EVERY_FOUR_4(f) f(0)
+#define EVERY_FOUR_8(f) f(0), f(4)
+#define EVERY_FOUR_16(f) f(0), f(4), f(8), f(12)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define EVERY_FOUR JOIN(EVERY_FOUR_, LANES)
+#define SINGLES_LOW(i) i, LANES + i, i + 1, LANES + i + 1
+#define SINGLES_HIGH(i) i + 2, LANES + i + 2, i + 3, LANES + i + 3
+#define PAIRS_LOW(i) i, i + 1, LANES + i, LANES + i + 1
+#define PAIRS_HIGH(i) i + 2, i + 3, LANES + i + 2, LANES + i + 3
+// Within every four elements: the lower or upper halves of a and b, by singles or by pairs.
+#define MIX(a, b, which) __builtin_shufflevector(a, b, EVERY_FOUR(which))
+
+// Each four elements of v to a place of its own, `stride` bytes apart.
+template <int PART = 0>
+inline void store_fours(Ints v, int8_t* out, size_t stride) {
+    constexpr int i = 4 * PART;
+    *reinterpret_cast<Four*>(out) = __builtin_shufflevector(v, v, i, i + 1, i + 2, i + 3);
+    if constexpr (i + 4 < LANES) store_fours<PART + 1>(v, out + stride, stride);
+}
+
+// Four rows, LANES * 4 bytes of each, to [LANES][kRowStride][4].
+inline void interleave_four(const int8_t* q, size_t stride, int8_t* out) {
+    Ints r[4];
+    for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const LooseInts*>(q + i * stride);
+    const Ints a = MIX(r[0], r[1], SINGLES_LOW), b = MIX(r[0], r[1], SINGLES_HIGH);
+    const Ints c = MIX(r[2], r[3], SINGLES_LOW), d = MIX(r[2], r[3], SINGLES_HIGH);
+    constexpr size_t step = kRowStride * 4;
+    store_fours(MIX(a, c, PAIRS_LOW), out, 4 * step);
+    store_fours(MIX(a, c, PAIRS_HIGH), out + step, 4 * step);
+    store_fours(MIX(b, d, PAIRS_LOW), out + 2 * step, 4 * step);
+    store_fours(MIX(b, d, PAIRS_HIGH), out + 3 * step, 4 * step);
+}
+
+// The rows' bytes, [rows][padded], to the tile's order. Rows that do not exist hold anything.
+void interleave(const int8_t* q, int padded, const QuantTile& to) {
+    if (to.rows == 1) {
+        __builtin_memcpy(to.acts, q, padded);
+        return;
+    }
+    for (int first = 0; first < to.rows; first += 4) {
+        int k = 0;
+        for (; k + LANES * 4 <= padded; k += LANES * 4) {
+            interleave_four(q + size_t(first) * padded + k, padded,
+                            to.acts + k * kRowStride + first * 4);
+        }
+        for (; k < padded; k += 4) {
+            for (int r = first; r < first + 4; ++r) {
+                __builtin_memcpy(to.acts + k * kRowStride + r * 4, q + size_t(r) * padded + k, 4);
+            }
+        }
+    }
 }
 
 void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int step,
                    const QuantTile& to, const Scratch& scratch) {
+    const bool usual = pro.rotation == Rotation::hadamard && pro.block == 64 &&
+                       !pro.permutation && pro.inputs % 64 == 0;
     const int batch = pro.rotation == Rotation::dense ? to.rows : 1;
     for (int first = 0; first < to.rows; first += batch) {
         for (int r = 0; r < batch; ++r) {
-            load_row(pro, x + (first + r) * x_stride, scratch.rows + size_t(r) * pro.padded);
+            const float* from = x + (first + r) * x_stride;
+            float* p = scratch.rows + size_t(r) * pro.padded;
+            usual ? load_row_hadamard64(pro, from, p) : load_row(pro, from, p);
         }
-        rotate(pro, scratch.rows, batch);
+        if (!usual) rotate(pro, scratch.rows, batch);
         for (int r = 0; r < batch; ++r) {
             quantize_row(pro, scratch.rows + size_t(r) * pro.padded, step, first + r, to,
-                         scratch.bytes);
-            interleave(scratch.bytes, pro.padded, first + r, to);
+                         scratch.bytes + size_t(first + r) * pro.padded);
         }
     }
+    interleave(scratch.bytes, pro.padded, to);
 }

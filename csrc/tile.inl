@@ -3,7 +3,7 @@
 //
 // Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes),
 // split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
-// fma, mul, and loads and stores of floats.
+// as_float (same bits), sub, fma, mul, and loads and stores of floats.
 
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
 
@@ -11,18 +11,31 @@ template <int R, int P, int MODE>
 struct Tile {
     static constexpr int per_panel = kPanel / Vec::lanes;
     static constexpr int N = P * per_panel;  // vectors across the strip
+    static constexpr int kStep = kPieceBytes * Vec::narrow;  // from piece to piece of a strip
+    static constexpr int kAhead = 8192;                      // bytes
+    static constexpr int S = R == 1 ? 1 : kRowStride;
     // Few sums would wait for each other: give odd inputs sums of their own.
     static constexpr bool split_sums = Vec::independent && R * N < 8;
     using I = typename Vec::I;
     using F = typename Vec::F;
 
-    static inline const uint8_t* piece(const uint8_t* weight, size_t panel_bytes, int n) {
-        return weight + (n / per_panel) * panel_bytes + (n % per_panel) * (Vec::lanes * 4);
+    // Where vector n of a piece lies, from the strip's piece on.
+    static inline size_t place(size_t strip_bytes, int n) {
+        const int panel = n / per_panel, part = n % per_panel;
+        return (panel / Vec::narrow) * strip_bytes + (panel % Vec::narrow) * kPieceBytes +
+               part * (Vec::lanes * 4);
+    }
+
+    // Weights come from memory once and in order: ask for them early enough.
+    static inline void prefetch(const uint8_t* weight, size_t strip_bytes) {
+        OMEGA_UNROLL for (int panel = 0; panel < P; ++panel) {
+            __builtin_prefetch(weight + place(strip_bytes, panel * per_panel) + kAhead, 0, 2);
+        }
     }
 
     // Integer sums of one segment.
     static inline __attribute__((always_inline)) void segment(
-        const uint8_t* weight, size_t panel_bytes, const int8_t* acts, const int32_t* offset,
+        const uint8_t* weight, size_t strip_bytes, const int8_t* acts, const int32_t* offset,
         int pieces, I (&sum)[R][N]) {
         I more[R][N];
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -35,10 +48,11 @@ struct Tile {
         for (int p = 0; p < pieces; ++p) {
             I even[N], odd[N];
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-                Vec::split(piece(weight, panel_bytes, n), even[n], odd[n]);
+                Vec::split(weight + place(strip_bytes, n), even[n], odd[n]);
             }
+            prefetch(weight, strip_bytes);
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-                const I a = Vec::splat4(acts + 4 * r), b = Vec::splat4(acts + 4 * (R + r));
+                const I a = Vec::splat4(acts + 4 * r), b = Vec::splat4(acts + 4 * (S + r));
                 OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                     if (split_sums) {
                         Vec::dot(sum[r][n], even[n], a);
@@ -48,8 +62,8 @@ struct Tile {
                     }
                 }
             }
-            weight += kPieceBytes;
-            acts += kPiece * R;
+            weight += kStep;
+            acts += kPiece * S;
         }
         if (split_sums) {
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -73,7 +87,7 @@ struct Tile {
             const F row = MODE & kActSegments ? Vec::splatf(t.act_scale[s * R + r]) : F();
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                 float* into = total + (r * N + n) * Vec::lanes;
-                F value = Vec::to_float(sum[r][n]);
+                const F value = Vec::sub(Vec::as_float(sum[r][n]), Vec::splatf(kMagic));
                 const F scale = MODE == 3 ? Vec::mul(row, column[n])
                                 : MODE == 1 ? row : column[n];
                 Vec::store(into, Vec::fma(value, scale, Vec::load(into)));
@@ -98,7 +112,7 @@ struct Tile {
     static void run(const TileArgs& t) {
         I sum[R][N];
         if (MODE == 0) {
-            segment(t.weight, t.panel_bytes, t.acts, t.offset, t.segments * t.pieces, sum);
+            segment(t.weight, t.strip_bytes, t.acts, t.offset, t.segments * t.pieces, sum);
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
                 OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                     write(t, r, n, Vec::to_float(sum[r][n]));
@@ -109,8 +123,8 @@ struct Tile {
         alignas(64) float total[R * N * Vec::lanes];
         for (int i = 0; i < R * N * Vec::lanes; ++i) total[i] = 0.0f;
         for (int s = 0; s < t.segments; ++s) {
-            segment(t.weight + size_t(s) * t.pieces * kPieceBytes, t.panel_bytes,
-                    t.acts + size_t(s) * t.pieces * kPiece * R, t.offset + s * R, t.pieces, sum);
+            segment(t.weight + size_t(s) * t.pieces * kStep, t.strip_bytes,
+                    t.acts + size_t(s) * t.pieces * kPiece * S, t.offset + s * R, t.pieces, sum);
             accumulate(t, s, sum, total);
         }
         for (int r = 0; r < R; ++r) {
