@@ -21,7 +21,7 @@ using omega::Rotation;
 struct Case {
     LinearSpec spec;
     std::vector<uint8_t> qweight;
-    std::vector<float> weight_scale, bias, multiplier, table, matrix, x;
+    std::vector<float> weight_scale, bias, multiplier, table, matrix, lowrank_a, lowrank_b, x;
     std::vector<int32_t> permutation;
     int rows = 0, groups = 1;
 };
@@ -89,6 +89,12 @@ Case draw_case(Draw& draw) {
     if (draw.between(0, 2) == 0) {
         for (int i = 0; i < s.inputs; ++i) c.permutation.push_back(s.inputs - 1 - i);
     }
+    if (draw.between(0, 2) == 0) {
+        // Runs; its value is compared in Python, as it needs the input before rounding.
+        s.rank = draw.between(1, 5);
+        c.lowrank_a.assign(size_t(s.outputs) * s.rank, 0.0f);
+        c.lowrank_b = draw.reals(size_t(s.inputs) * s.rank, -1.0f, 1.0f);
+    }
     if (draw.between(0, 1)) {
         s.steps = 3;
         c.table = draw.reals(size_t(3) * c.groups, 0.1f, 1.0f);
@@ -110,6 +116,8 @@ Linear build(const Case& c, const omega::Isa& isa) {
     s.permutation = or_null(c.permutation);
     s.table = or_null(c.table);
     s.matrix = or_null(c.matrix);
+    s.lowrank_a = or_null(c.lowrank_a);
+    s.lowrank_b = or_null(c.lowrank_b);
     s.matrix_size = c.matrix.size();
     return Linear(s, isa);
 }

@@ -38,10 +38,13 @@ struct TileArgs {
     const int32_t* offset;     // [segments][rows]: -8 * the segment's sum of activations
     const float* act_scale;    // [segments][rows], with kActSegments
     const float* weight_scale; // [segments][outputs] from the strip's first, with kWeightSegments
-    size_t outputs;            // row length of weight_scale
+    size_t outputs;            // row length of weight_scale and lowrank_a
     const float* token_scale;  // [rows]; ones with kActSegments
     const float* row_scale;    // [outputs] from the strip's first; ones with kWeightSegments
     const float* bias;         // [outputs] from the strip's first
+    int rank;                  // of the part kept in floats, added to the product
+    const float* lowrank;      // [rows][rank]: the input's share
+    const float* lowrank_a;    // [rank][outputs] from the strip's first: the output's
     int segments;
     int pieces;                // per segment
     float* y;                  // first row, the strip's first column
@@ -70,6 +73,8 @@ struct Prologue {
     int group = 0;                       // inputs per group (a multiple of `segment`)
     int segments = 1;
     int segment = 0;                     // inputs per segment
+    int rank = 0;
+    const float* lowrank_b = nullptr;    // [rank][padded], for rows before `norm`
     int32_t start = 0;                   // what sums start from, besides their offset
 };
 
@@ -87,6 +92,7 @@ struct QuantTile {
     int32_t* offset;     // [segments][rows]
     float* act_scale;    // [segments][rows], null when the scale is per token
     float* token_scale;  // [rows]
+    float* lowrank;      // [rows][rank]
 };
 
 // Scratch of one thread: rows of floats, kMaxRows of them for a dense rotation, and of bytes.

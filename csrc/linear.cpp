@@ -38,6 +38,7 @@ Linear::Linear(const LinearSpec& spec, const Isa& isa)
     set_prologue(spec);
     repack(spec);
     set_scales(spec);
+    set_lowrank(spec);
 }
 
 void Linear::set_segments(const LinearSpec& spec) {
@@ -137,10 +138,29 @@ void Linear::set_scales(const LinearSpec& spec) {
     }
 }
 
+void Linear::set_lowrank(const LinearSpec& spec) {
+    Prologue& p = prologue_;
+    p.rank = spec.rank;
+    lowrank_a_.reserve(size_t(p.rank) * padded_outputs_);
+    lowrank_a_.fill(0.0f);
+    lowrank_b_.reserve(size_t(p.rank) * p.padded);
+    lowrank_b_.fill(0.0f);
+    for (int i = 0; i < p.rank; ++i) {
+        for (int n = 0; n < outputs_; ++n) {
+            lowrank_a_[size_t(i) * padded_outputs_ + n] = spec.lowrank_a[size_t(n) * p.rank + i];
+        }
+        for (int k = 0; k < p.inputs; ++k) {
+            lowrank_b_[size_t(i) * p.padded + k] =
+                p.norm * spec.lowrank_b[size_t(k) * p.rank + i];
+        }
+    }
+    p.lowrank_b = lowrank_b_.data();
+}
+
 size_t Linear::bytes() const {
     return weight_.size() + permutation_.size() * 4 +
            4 * (row_scale_.size() + weight_scale_.size() + bias_.size() + multiplier_.size() +
-                matrix_.size() + table_.size());
+                matrix_.size() + table_.size() + lowrank_a_.size() + lowrank_b_.size());
 }
 
 }  // namespace omega

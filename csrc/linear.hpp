@@ -28,6 +28,9 @@ struct LinearSpec {
     int act_group = 0;                     // inputs that share an activation scale; 0: all
     const float* table = nullptr;          // [steps][activation groups] or null: dynamic
     int steps = 0;
+    int rank = 0;                          // of a part kept in floats: y += (x' B) Aᵀ
+    const float* lowrank_a = nullptr;      // [outputs][rank]
+    const float* lowrank_b = nullptr;      // [inputs][rank]
 };
 
 class Linear {
@@ -54,6 +57,7 @@ private:
     void set_prologue(const LinearSpec& spec);
     void repack(const LinearSpec& spec);
     void set_scales(const LinearSpec& spec);
+    void set_lowrank(const LinearSpec& spec);
 
     const Isa& isa_;
     int outputs_, padded_outputs_, steps_;
@@ -63,6 +67,7 @@ private:
     Buffer<uint8_t> weight_;
     Buffer<float> row_scale_, weight_scale_, bias_;
     Buffer<float> multiplier_, matrix_, table_;
+    Buffer<float> lowrank_a_, lowrank_b_;
     Buffer<int32_t> permutation_;
 };
 

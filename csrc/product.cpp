@@ -18,7 +18,7 @@ constexpr double kWorthSharing = 2e6;
 struct Workspace {
     Buffer<int8_t> acts, bytes;
     Buffer<int32_t> offset;
-    Buffer<float> act_scale, token_scale, rows;
+    Buffer<float> act_scale, token_scale, lowrank, rows;
 };
 
 Workspace& workspace() {
@@ -81,7 +81,7 @@ public:
         return {first_row(i + 1) - int(first), space_.acts.data() + acts_row(i) * p.padded,
                 space_.offset.data() + first * p.segments,
                 grouped ? space_.act_scale.data() + first * p.segments : nullptr,
-                space_.token_scale.data() + first};
+                space_.token_scale.data() + first, space_.lowrank.data() + first * p.rank};
     }
 
 private:
@@ -96,6 +96,7 @@ private:
         space_.offset.reserve(size_t(rows_) * p.segments);
         if (layer_.mode_ & kActSegments) space_.act_scale.reserve(size_t(rows_) * p.segments);
         space_.token_scale.reserve(rows_);
+        space_.lowrank.reserve(size_t(rows_) * p.rank);
         space_.rows.reserve(row_floats() * threads);
         space_.bytes.reserve(size_t(p.padded) * kMaxRows * threads);
     }
@@ -117,6 +118,7 @@ private:
                 t.offset = q.offset;
                 t.act_scale = q.act_scale;
                 t.token_scale = q.token_scale;
+                t.lowrank = q.lowrank;
                 t.y = y_ + size_t(first_row(i)) * layer_.outputs_ + column;
                 layer_.isa_.tile[layer_.mode_][wide_][q.rows](t);
             }
@@ -130,6 +132,7 @@ private:
         t.outputs = layer_.padded_outputs_;
         t.segments = p.segments;
         t.pieces = p.segment / kPiece;
+        t.rank = p.rank;
         t.y_stride = layer_.outputs_;
         return t;
     }
@@ -140,6 +143,7 @@ private:
         t.weight_scale = layer_.weight_scale_.data() + (layer_.weight_scale_.size() ? column : 0);
         t.row_scale = layer_.row_scale_.data() + column;
         t.bias = layer_.bias_.data() + column;
+        t.lowrank_a = layer_.lowrank_a_.data() + (t.rank ? column : 0);
         t.columns = layer_.outputs_ - column;
     }
 

@@ -342,6 +342,17 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
     }
 }
 
+// The row times the low-rank part's input side.
+inline void project_row(const Prologue& pro, const float* p, float* out) {
+    for (int i = 0; i < pro.rank; ++i) {
+        const float* b = pro.lowrank_b + size_t(i) * pro.padded;
+        Floats sum{};
+        for (int k = 0; k < pro.padded; k += LANES) sum += load(p + k) * load(b + k);
+        out[i] = 0.0f;
+        for (int l = 0; l < LANES; ++l) out[i] += sum[l];
+    }
+}
+
 typedef int32_t Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t LooseInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -412,6 +423,8 @@ void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int ste
         }
         if (!usual) rotate(pro, scratch.rows, batch);
         for (int r = 0; r < batch; ++r) {
+            project_row(pro, scratch.rows + size_t(r) * pro.padded,
+                        to.lowrank + (first + r) * pro.rank);
             quantize_row(pro, scratch.rows + size_t(r) * pro.padded, step, first + r, to,
                          scratch.bytes + size_t(first + r) * pro.padded);
         }

@@ -99,6 +99,10 @@ struct Tile {
         const int column = n * Vec::lanes, left = t.columns - column;
         const F scale = Vec::mul(Vec::splatf(t.token_scale[r]), Vec::load(t.row_scale + column));
         value = Vec::fma(value, scale, Vec::load(t.bias + column));
+        for (int i = 0; i < t.rank; ++i) {
+            const F share = Vec::splatf(t.lowrank[r * t.rank + i]);
+            value = Vec::fma(share, Vec::load(t.lowrank_a + i * t.outputs + column), value);
+        }
         float* to = t.y + r * t.y_stride + column;
         if (left >= Vec::lanes) {
             Vec::store(to, value);

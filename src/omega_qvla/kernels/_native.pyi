@@ -23,6 +23,9 @@ class Linear:
         clip: float,
         act_group: int,
         table: Any | None,
+        rank: int,
+        lowrank_a: Any | None,
+        lowrank_b: Any | None,
         isa: str,
     ) -> None: ...
     @property

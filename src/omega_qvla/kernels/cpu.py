@@ -2,7 +2,7 @@
 
 A layer is repacked once for the instruction set of this CPU; a call is one parallel region
 that transforms, rounds and multiplies. Threads: as many as `torch.get_num_threads()`.
-What the compiled part leaves to torch: the low-rank branch and the output rotation.
+What the compiled part leaves to torch: the output rotation.
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ class NativeLayer:
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._static = layer.scheme.activation.static
         self._linear = _repack(layer, isa)
-        self._lowrank = _lowrank(layer)
         self._undo: Callable[[Tensor], Tensor] | None = None
         self._bias: Tensor | None = None  # where it cannot be added before
         if layer.output_rotation is not None:
@@ -139,9 +138,6 @@ class NativeLayer:
                 f"{list(x.shape)} on {x.device}"
             )
         self._linear.run(source.data_ptr(), rows, y.data_ptr(), row, torch.get_num_threads())
-        if self._lowrank is not None:
-            b, a = self._lowrank
-            y += source @ b @ a
         if self._undo is not None:
             y = self._undo(y.view(-1, self.out_features)).view(y.shape)
             y = y if self._bias is None else y + self._bias
@@ -190,7 +186,10 @@ def _repack(layer: QuantizedLayer, isa: str) -> _native.Linear:
         bits=activation.bits,
         clip=activation.clip,
         act_group=activation.group if grouped else 0,
-        table=None if layer.act_scale is None else layer.act_scale.contiguous(),
+        table=_float(layer.act_scale),
+        rank=layer.scheme.weight.rank,
+        lowrank_a=_float(layer.lowrank_a),
+        lowrank_b=_float(layer.lowrank_b),
         isa=isa,
     )
     return linear
@@ -221,12 +220,8 @@ def _multiplier(layer: QuantizedLayer) -> Tensor | None:
     return None if multiplier is None else multiplier.contiguous()
 
 
-def _lowrank(layer: QuantizedLayer) -> tuple[Tensor, Tensor] | None:
-    """(B [in, r] for the untransformed input, Aᵀ [r, out]) in float32."""
-    if layer.lowrank_a is None or layer.lowrank_b is None:
-        return None
-    b = layer.transform.undo_weight(layer.lowrank_b.double().T).T
-    return b.float().contiguous(), layer.lowrank_a.float().T.contiguous()
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def _undo(rotation: Tensor, out_features: int) -> Callable[[Tensor], Tensor]:
