@@ -30,5 +30,6 @@ struct Vec {
 };
 
 #define LANES 8
+#include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"

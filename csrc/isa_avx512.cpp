@@ -48,6 +48,7 @@ struct Vec {
 };
 
 #define LANES 16
+#include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
 

@@ -40,6 +40,7 @@ struct Vec {
 };
 
 #define LANES 4
+#include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
 

@@ -50,9 +50,7 @@ def test_known_names() -> None:
     for name in backend_names():
         backend = get_backend(name)
         assert backend.name == name and backend.capabilities().name == name
-    with pytest.raises(
-        BackendError, match="unknown backend 'cuda9'; one of auto, native, em"
-    ):
+    with pytest.raises(BackendError, match="unknown backend 'cuda9'; one of auto, native, em"):
         get_backend("cuda9")
     with pytest.raises(BackendError, match="unknown backend"):
         resolve_backend("nope")
