@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import signal
 import threading
 import weakref
 
@@ -345,3 +347,20 @@ def test_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(BackendError, match="install a C\\+\\+ compiler"):
             call()
+
+
+def test_a_forked_child_works_alone() -> None:
+    """The helper threads stay behind in the parent; the child must not wait for them."""
+    layer = integers("per_token_group", 1024, 512)
+    native, x = NativeLayer(layer), whole_numbers(64, layer).float()
+    torch.set_num_threads(2)
+    try:
+        expected = native(x, None)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if torch.equal(native(x, None), expected) else 1)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(1)
+    assert status == 0

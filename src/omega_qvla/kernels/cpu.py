@@ -129,19 +129,20 @@ class NativeLayer:
                 f"layer {self.name}: integer kernels have no gradient; run under "
                 "torch.inference_mode() or take the emulated backend"
             )
-        source = x.to(torch.float32).contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features)
-        rows = y.numel() // self.out_features
-        if x.shape[-1] != self.in_features or x.device.type != "cpu":
+        if x.shape[-1] != self.in_features or not x.is_cpu:
             raise BackendError(
                 f"layer {self.name} takes [..., {self.in_features}] on the CPU, not "
                 f"{list(x.shape)} on {x.device}"
             )
+        plain = x.dtype == torch.float32
+        source = x if plain and x.is_contiguous() else x.to(torch.float32).contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features)
+        rows = y.numel() // self.out_features
         self._linear.run(source.data_ptr(), rows, y.data_ptr(), row, torch.get_num_threads())
         if self._undo is not None:
             y = self._undo(y.view(-1, self.out_features)).view(y.shape)
             y = y if self._bias is None else y + self._bias
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return y if plain else y.to(x.dtype)
 
     def quantize(self, x: Tensor, row: int = 0) -> tuple[Tensor, Tensor]:
         """x [n, in] -> (q int8 [n, in], scale [n, groups]): what the product is made of."""
