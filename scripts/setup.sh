@@ -61,7 +61,25 @@ make_venv() {
 
 # What the environment depends on: an edit of any of it, or a moved folder, installs again.
 fingerprint() {
-    { pwd; echo "$EXTRAS"; cat pyproject.toml constraints.txt; } | sha256sum | cut -d ' ' -f 1
+    {
+        pwd
+        echo "$EXTRAS"
+        cat pyproject.toml constraints.txt
+        cat CMakeLists.txt cmake/*.cmake csrc/* 2>/dev/null || true
+    } | sha256sum | cut -d ' ' -f 1
+}
+
+# A compiler and Python's headers, for the native kernels. Everything else works without them.
+compiler() {
+    local version
+    if command -v c++ >/dev/null && "$VENV/bin/python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'; then
+        return
+    fi
+    version=$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    apt_install g++ "python$version-dev" ||
+        say "no C++ compiler or Python headers: going on without the native kernels;" \
+            "to have them: apt-get install g++ python$version-dev, then make setup again"
 }
 
 # There is an environment, its Python runs, and it was made in this very folder.
@@ -77,6 +95,7 @@ venv() {
         return
     fi
     healthy || make_venv
+    compiler
     say "installing omega-qvla[$EXTRAS] into $VENV (minutes the first time)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$EXTRAS]" ||

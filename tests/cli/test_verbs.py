@@ -240,3 +240,15 @@ def test_compare_refuses(
 ) -> None:
     assert main(["compare", *(w.format(results=results, place=place) for w in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_bench_times_every_arm(place: Path, run: Run) -> None:
+    source = ["--observations", place / "observations.safetensors", "--threads", 1]
+    words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 2]
+    code, data = run("bench", *words)
+    assert code == 0
+    arms = {row["arm"]: row["ms"] for row in data["results"]}
+    assert len(arms) == 3 and {"fp32", "omega emulated"} <= set(arms)
+    for stages in arms.values():
+        assert set(stages) == {"backbone", "step", "chunk"}
+        assert 0 < stages["step"]["p50"] < stages["chunk"]["p50"] <= stages["chunk"]["p95"]

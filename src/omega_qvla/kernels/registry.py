@@ -40,6 +40,7 @@ class Capabilities:
     native: multiplies integers; otherwise it emulates them in floating point.
     activation_kinds, activation_bits, devices (torch device types): all it covers.
     isa: instruction sets it was built for, for information.
+    group_multiple: groups of inputs that share a scale must be multiples of this.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Capabilities:
     activation_bits: frozenset[int]
     devices: frozenset[str]
     isa: tuple[str, ...] = ()
+    group_multiple: int = 1
 
     def obstacle(self, scheme: Scheme) -> str | None:
         """Why the scheme cannot run here, or None if it can."""
@@ -57,6 +59,11 @@ class Capabilities:
             return f"activation kind {scheme.activation.kind} is not supported"
         if scheme.activation.kind != "none" and scheme.activation.bits not in self.activation_bits:
             return f"{scheme.activation.bits}-bit activations are not supported"
+        groups = [] if scheme.weight.group is None else [scheme.weight.group]
+        if scheme.activation.kind in ("per_token_group", "per_step_group"):
+            groups.append(scheme.activation.group)
+        if any(group % self.group_multiple for group in groups):
+            return f"groups of {min(groups)} inputs are no multiples of {self.group_multiple}"
         return None
 
 
@@ -81,9 +88,11 @@ class Backend(Protocol):
 # name -> (module, class), fastest first: the order in which `auto` tries the native ones.
 # Modules are imported when asked for, so that a missing compiler hurts only who needs it.
 _BACKENDS: dict[str, tuple[str, str]] = {
+    "native": ("omega_qvla.kernels.cpu", "NativeBackend"),
     "emulated": ("omega_qvla.kernels.emulated", "EmulatedBackend"),
     "reference": ("omega_qvla.kernels.reference", "ReferenceBackend"),
 }
+_WITH_VARIANTS = frozenset({"native"})
 _FALLBACK = "emulated"
 
 
@@ -95,14 +104,18 @@ def backend_names() -> tuple[str, ...]:
 def get_backend(name: str) -> Backend:
     """The backend called `name`, whether or not it can run here.
 
+    `native:avx2` is `native` held to one instruction set, for comparisons.
+
     Raises:
         BackendError: no such name.
     """
-    if name not in _BACKENDS:
+    base, _, variant = name.partition(":")
+    if base not in _BACKENDS or (variant and base not in _WITH_VARIANTS):
         known = ", ".join(("auto", *_BACKENDS))
         raise BackendError(f"unknown backend {name!r}; one of {known}")
-    module, attribute = _BACKENDS[name]
-    return cast(Backend, getattr(import_module(module), attribute)())
+    module, attribute = _BACKENDS[base]
+    make = getattr(import_module(module), attribute)
+    return cast(Backend, make(variant) if variant else make())
 
 
 def obstacle(
@@ -150,7 +163,17 @@ def resolve_backend(
     return backend
 
 
-def table_row(layer: QuantizedLayer, step: StepLike | None) -> int:
+class Stepped(Protocol):
+    """A layer that may have been calibrated per denoising step."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_steps(self) -> int | None: ...
+
+
+def table_row(layer: Stepped, step: StepLike | None) -> int:
     """Which row of a static table applies: that of the running step, 0 outside the steps.
 
     Raises:

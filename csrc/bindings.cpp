@@ -1,0 +1,149 @@
+// The Python module omega_qvla.kernels._native: layers, the pool, what this machine runs.
+//
+// Layers are made from arrays (DLPack or buffers, checked here). Runs take plain addresses, so
+// that a call costs about a microsecond; `kernels/cpu.py` is their only caller and checks.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "cpu.hpp"
+#include "linear.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Maybe = std::optional<Array<T>>;
+
+template <class T>
+const T* pointer(const Maybe<T>& array, size_t count, const char* name) {
+    if (!array) return nullptr;
+    if (array->size() != count) {
+        throw std::invalid_argument(std::string(name) + " has a wrong size");
+    }
+    return array->data();
+}
+
+omega::Rotation rotation_of(const std::string& kind) {
+    if (kind == "none") return omega::Rotation::none;
+    if (kind == "hadamard") return omega::Rotation::hadamard;
+    if (kind == "full_hadamard") return omega::Rotation::full;
+    if (kind == "dense") return omega::Rotation::dense;
+    throw std::invalid_argument("unknown rotation " + kind);
+}
+
+void make_layer(omega::Linear* self, const Array<uint8_t>& qweight, int inputs,
+                const Array<float>& weight_scale, int weight_group, const Maybe<float>& bias,
+                const Maybe<float>& multiplier, const Maybe<int32_t>& permutation,
+                const std::string& rotation, int block, const Maybe<float>& matrix, int base,
+                int bits, float clip, int act_group, const Maybe<float>& table, int rank,
+                const Maybe<float>& lowrank_a, const Maybe<float>& lowrank_b,
+                const std::string& isa) {
+    omega::LinearSpec spec;
+    if (qweight.ndim() != 2 || qweight.shape(1) != size_t(inputs + 1) / 2) {
+        throw std::invalid_argument("qweight must be [outputs, ceil(inputs / 2)]");
+    }
+    const auto groups = [inputs](int group) {
+        return size_t(group ? (inputs + group - 1) / group : 1);
+    };
+    spec.inputs = inputs;
+    spec.outputs = int(qweight.shape(0));
+    spec.qweight = qweight.data();
+    spec.weight_group = weight_group;
+    if (weight_scale.size() != spec.outputs * groups(weight_group)) {
+        throw std::invalid_argument("weight_scale has a wrong size");
+    }
+    spec.weight_scale = weight_scale.data();
+    spec.bias = pointer(bias, spec.outputs, "bias");
+    spec.multiplier = pointer(multiplier, inputs, "multiplier");
+    spec.permutation = pointer(permutation, inputs, "permutation");
+    for (int i = 0; spec.permutation && i < inputs; ++i) {
+        if (spec.permutation[i] < 0 || spec.permutation[i] >= inputs) {
+            throw std::invalid_argument("permutation points outside the inputs");
+        }
+    }
+    spec.rotation = rotation_of(rotation);
+    spec.block = block;
+    spec.base = base;
+    if (matrix) {
+        spec.matrix = matrix->data();
+        spec.matrix_size = matrix->size();
+    }
+    spec.bits = bits;
+    spec.clip = clip;
+    spec.act_group = act_group;
+    if (table) {
+        spec.steps = int(table->size() / groups(act_group));
+        spec.table = pointer(table, spec.steps * groups(act_group), "table");
+    }
+    if (rank < 0 || (rank && (!lowrank_a || !lowrank_b))) {
+        throw std::invalid_argument("a rank needs both low-rank matrices");
+    }
+    spec.rank = rank;
+    spec.lowrank_a = pointer(lowrank_a, size_t(spec.outputs) * rank, "lowrank_a");
+    spec.lowrank_b = pointer(lowrank_b, size_t(inputs) * rank, "lowrank_b");
+    new (self) omega::Linear(spec, omega::find_isa(isa));
+}
+
+void check_step(const omega::Linear& layer, int step) {
+    if (step < 0 || (layer.steps() && step >= layer.steps())) {
+        throw std::out_of_range("no such step in the layer's table");
+    }
+}
+
+// The helper threads of this process. Never destroyed: at exit they may still be asleep in it.
+omega::Pool& pool() {
+    static auto* const threads = new omega::Pool;
+    return *threads;
+}
+
+void run_layer(const omega::Linear& layer, uintptr_t x, int rows, uintptr_t y, int step,
+               int threads) {
+    check_step(layer, step);
+    nb::gil_scoped_release release;
+    layer.run(reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y), step, pool(),
+              threads);
+}
+
+void quantize(const omega::Linear& layer, uintptr_t x, int rows, int step, uintptr_t q,
+              uintptr_t scale) {
+    check_step(layer, step);
+    nb::gil_scoped_release release;
+    layer.quantize(reinterpret_cast<const float*>(x), rows, step, reinterpret_cast<int8_t*>(q),
+                   reinterpret_cast<float*>(scale));
+}
+
+std::vector<std::string> isa_names() {
+    std::vector<std::string> names;
+    for (const omega::Isa* isa : omega::usable_isas()) names.emplace_back(isa->name);
+    return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Quantized linear layers on the integer units of the CPU.";
+    m.def("isa_names", &isa_names, "Instruction sets that run here, fastest first.");
+    nb::class_<omega::Linear>(m, "Linear", "A layer, repacked. See csrc/linear.hpp.")
+        .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,
+             "weight_group"_a, "bias"_a.none(), "multiplier"_a.none(), "permutation"_a.none(),
+             "rotation"_a, "block"_a, "matrix"_a.none(), "base"_a, "bits"_a, "clip"_a,
+             "act_group"_a, "table"_a.none(), "rank"_a,
+             "lowrank_a"_a.none(), "lowrank_b"_a.none(), "isa"_a)
+        .def_prop_ro("isa", &omega::Linear::isa)
+        .def_prop_ro("groups", &omega::Linear::groups)
+        .def_prop_ro("nbytes", &omega::Linear::bytes)
+        .def("run", &run_layer, "x"_a, "rows"_a, "y"_a, "step"_a, "threads"_a,
+             "x [rows, inputs] -> y [rows, outputs], both float32, contiguous, by address.")
+        .def("quantize", &quantize, "x"_a, "rows"_a, "step"_a, "q"_a, "scale"_a,
+             "x [rows, inputs] -> q int8 [rows, inputs], scale [rows, groups], by address.");
+}

@@ -1,0 +1,78 @@
+#include "cpu.hpp"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace omega {
+namespace {
+
+#if defined(__x86_64__)
+// The operating system saves the registers named by these bits of XCR0.
+bool os_saves(unsigned bits) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;
+    unsigned low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & bits) == bits;
+}
+
+struct Features {
+    bool avx2 = false, avxvnni = false, avx512vnni = false;
+};
+
+Features features() {
+    Features found;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+    const bool fma_f16c = (c & (1u << 12)) && (c & (1u << 29));
+    if (!fma_f16c || !os_saves(0x6)) return found;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+    found.avx2 = (b & (1u << 5)) && (b & (1u << 8));  // with bmi2
+    const unsigned f_dq_bw_vl = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
+    found.avx512vnni = found.avx2 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & (1u << 11)) &&
+                       os_saves(0xe6);
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        found.avxvnni = found.avx2 && (a & (1u << 4));
+    }
+    return found;
+}
+#endif
+
+void add(std::vector<const Isa*>& list, const Isa* isa) {
+    if (isa) list.push_back(isa);
+}
+
+}  // namespace
+
+std::vector<const Isa*> usable_isas() {
+    std::vector<const Isa*> list;
+#if defined(__x86_64__)
+    const Features has = features();
+    if (has.avx512vnni) add(list, isa_avx512vnni());
+    if (has.avxvnni) add(list, isa_avxvnni());
+    if (has.avx2) add(list, isa_avx2());
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long dotprod = 1ul << 20;  // HWCAP_ASIMDDP
+    if (getauxval(AT_HWCAP) & dotprod) add(list, isa_neon());
+#elif defined(__aarch64__) && defined(__APPLE__)
+    add(list, isa_neon());  // every Apple CPU of this architecture has it
+#endif
+    add(list, isa_portable());
+    return list;
+}
+
+const Isa& find_isa(const std::string& name) {
+    std::string names;
+    for (const Isa* isa : usable_isas()) {
+        if (name.empty() || name == isa->name) return *isa;
+        names += std::string(names.empty() ? "" : ", ") + isa->name;
+    }
+    throw std::invalid_argument("no instruction set " + name + " here; one of " + names);
+}
+
+}  // namespace omega

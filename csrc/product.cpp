@@ -1,0 +1,191 @@
+// The run of one layer: tiles of input become integers, then tiles meet strips of weights.
+#include <algorithm>
+#include <atomic>
+
+#include "linear.hpp"
+
+namespace omega {
+namespace {
+
+// Bytes of activations that stay in a core's second-level cache while weights stream past.
+constexpr size_t kBlockBytes = 384 * 1024;
+// Parts dealt to each thread: more balance better, fewer stream longer.
+constexpr int kPartsPerThread = 8;
+// Multiply-adds below which a second thread costs more than it saves (a few microseconds).
+constexpr double kWorthSharing = 2e6;
+
+// What a call needs besides its layer, kept by each calling thread so that it allocates once.
+struct Workspace {
+    Buffer<int8_t> acts, bytes;
+    Buffer<int32_t> offset;
+    Buffer<float> act_scale, token_scale, lowrank, rows;
+};
+
+Workspace& workspace() {
+    thread_local Workspace space;
+    return space;
+}
+
+}  // namespace
+
+class Product final : public Job {
+public:
+    Product(const Linear& layer, const float* x, int rows, float* y, int step, int threads,
+            Workspace& space)
+        : layer_(layer), x_(x), y_(y), rows_(rows), step_(step), space_(space) {
+        const Prologue& p = layer.prologue_;
+        tiles_ = (rows + layer.isa_.max_rows - 1) / layer.isa_.max_rows;
+        wide_ = rows <= layer.isa_.wide_rows;
+        strip_panels_ = layer.isa_.panels[wide_];
+        strips_ = layer.padded_outputs_ / (kPanel * strip_panels_);
+        const size_t tile_bytes = size_t(kRowStride) * p.padded;
+        const int fit = int(std::max<size_t>(1, kBlockBytes / tile_bytes));
+        blocks_ = (tiles_ + fit - 1) / fit;
+        if (threads > 1) {
+            const int wanted = kPartsPerThread * threads;
+            chunks_ = std::max(1, std::min((wanted + blocks_ - 1) / blocks_, strips_));
+        }
+        reserve(threads);
+    }
+
+    void run(int participant) override {
+        quantize(participant);
+        wait_until([&] { return tiles_done_.load(std::memory_order_acquire) >= tiles_; });
+        const int parts = blocks_ * chunks_;
+        for (int i; (i = next_part_.fetch_add(1)) < parts;) multiply(i / chunks_, i % chunks_);
+    }
+
+    // Deals out the tiles of input.
+    void quantize(int participant) {
+        const Prologue& p = layer_.prologue_;
+        const Scratch scratch{space_.rows.data() + size_t(participant) * row_floats(),
+                              space_.bytes.data() + size_t(participant) * p.padded * kMaxRows};
+        for (int i; (i = next_tile_.fetch_add(1)) < tiles_;) {
+            layer_.isa_.prologue(p, x_ + size_t(first_row(i)) * p.inputs, p.inputs, step_,
+                                 tile(i), scratch);
+            tiles_done_.fetch_add(1, std::memory_order_release);
+        }
+    }
+
+    int tiles() const { return tiles_; }
+    // Rows are dealt evenly: heights differ by one at most.
+    int first_row(int tile) const {
+        return int(int64_t(rows_) * tile / tiles_);
+    }
+    // Rows of bytes before a tile: a lone row needs one, other tiles room for kRowStride.
+    size_t acts_row(int tile) const { return rows_ == 1 ? 0 : size_t(tile) * kRowStride; }
+    QuantTile tile(int i) const {
+        const Prologue& p = layer_.prologue_;
+        const size_t first = first_row(i);
+        const bool grouped = layer_.mode_ & kActSegments;
+        return {first_row(i + 1) - int(first), space_.acts.data() + acts_row(i) * p.padded,
+                space_.offset.data() + first * p.segments,
+                grouped ? space_.act_scale.data() + first * p.segments : nullptr,
+                space_.token_scale.data() + first, space_.lowrank.data() + first * p.rank};
+    }
+
+private:
+    size_t row_floats() const {
+        const Prologue& p = layer_.prologue_;
+        return size_t(p.padded) * (p.rotation == Rotation::dense ? kMaxRows : 1);
+    }
+
+    void reserve(int threads) {
+        const Prologue& p = layer_.prologue_;
+        space_.acts.reserve((rows_ == 1 ? 1 : acts_row(tiles_)) * p.padded);
+        space_.offset.reserve(size_t(rows_) * p.segments);
+        if (layer_.mode_ & kActSegments) space_.act_scale.reserve(size_t(rows_) * p.segments);
+        space_.token_scale.reserve(rows_);
+        space_.lowrank.reserve(size_t(rows_) * p.rank);
+        space_.rows.reserve(row_floats() * threads);
+        space_.bytes.reserve(size_t(p.padded) * kMaxRows * threads);
+    }
+
+    // One block of tiles times one chunk of strips.
+    void multiply(int block, int chunk) const {
+        const int first = int(int64_t(tiles_) * block / blocks_);
+        const int last = int(int64_t(tiles_) * (block + 1) / blocks_);
+        const int begin = int(int64_t(strips_) * chunk / chunks_);
+        const int end = int(int64_t(strips_) * (chunk + 1) / chunks_);
+        TileArgs t = common();
+        for (int strip = begin; strip < end; ++strip) {
+            const int column = strip * strip_panels_ * kPanel;
+            if (column >= layer_.outputs_) break;
+            point_at(column, t);
+            for (int i = first; i < last; ++i) {
+                const QuantTile q = tile(i);
+                t.acts = q.acts;
+                t.offset = q.offset;
+                t.act_scale = q.act_scale;
+                t.token_scale = q.token_scale;
+                t.lowrank = q.lowrank;
+                t.y = y_ + size_t(first_row(i)) * layer_.outputs_ + column;
+                layer_.isa_.tile[layer_.mode_][wide_][q.rows](t);
+            }
+        }
+    }
+
+    TileArgs common() const {
+        const Prologue& p = layer_.prologue_;
+        TileArgs t{};
+        t.strip_bytes = layer_.strip_bytes_;
+        t.outputs = layer_.padded_outputs_;
+        t.segments = p.segments;
+        t.pieces = p.segment / kPiece;
+        t.rank = p.rank;
+        t.y_stride = layer_.outputs_;
+        return t;
+    }
+
+    void point_at(int column, TileArgs& t) const {
+        t.weight = layer_.weight_.data() +
+                   column / (kPanel * layer_.isa_.panels[0]) * layer_.strip_bytes_;
+        t.weight_scale = layer_.weight_scale_.data() + (layer_.weight_scale_.size() ? column : 0);
+        t.row_scale = layer_.row_scale_.data() + column;
+        t.bias = layer_.bias_.data() + column;
+        t.lowrank_a = layer_.lowrank_a_.data() + (t.rank ? column : 0);
+        t.columns = layer_.outputs_ - column;
+    }
+
+    const Linear& layer_;
+    const float* x_;
+    float* y_;
+    int rows_, step_;
+    Workspace& space_;
+    bool wide_ = false;
+    int tiles_ = 0, strips_ = 0, strip_panels_ = 0, blocks_ = 1, chunks_ = 1;
+    alignas(64) std::atomic<int> next_tile_{0};
+    alignas(64) std::atomic<int> tiles_done_{0};
+    alignas(64) std::atomic<int> next_part_{0};
+};
+
+void Linear::run(const float* x, int rows, float* y, int step, Pool& pool, int threads) const {
+    if (rows <= 0) return;
+    if (double(rows) * prologue_.padded * outputs_ < kWorthSharing) threads = 1;
+    Product product(*this, x, rows, y, step, std::max(1, threads), workspace());
+    pool.run(product, threads);
+}
+
+void Linear::quantize(const float* x, int rows, int step, int8_t* q, float* scale) const {
+    if (rows <= 0) return;
+    Product product(*this, x, rows, nullptr, step, 1, workspace());
+    product.quantize(0);
+    const Prologue& p = prologue_;
+    for (int i = 0; i < product.tiles(); ++i) {
+        const QuantTile t = product.tile(i);
+        const int stride = t.rows == 1 ? 1 : kRowStride;
+        for (int r = 0; r < t.rows; ++r) {
+            const size_t row = size_t(product.first_row(i)) + r;
+            for (int k = 0; k < p.inputs; ++k) {
+                q[row * p.inputs + k] = t.acts[(size_t(k / 4) * stride + r) * 4 + k % 4];
+            }
+            for (int g = 0; g < p.groups; ++g) {
+                const size_t s = size_t(g) * (p.group / p.segment);
+                scale[row * p.groups + g] = t.act_scale ? t.act_scale[s * t.rows + r]
+                                                        : t.token_scale[r];
+            }
+        }
+    }
+}
+
+}  // namespace omega

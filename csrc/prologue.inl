@@ -1,0 +1,228 @@
+// From rows of floats to a tile of integers: multiply, permute, rotate, find scales, round.
+// Included after rotation.inl. Rows stay in the first-level cache throughout.
+
+// x, multiplied and permuted, into p; zeros behind it.
+void load_row(const Prologue& pro, const float* x, float* p) {
+    const int n = pro.inputs;
+    int j = 0;
+    if (pro.permutation) {
+        for (; j < n; ++j) {
+            p[j] = x[pro.permutation[j]] * (pro.multiplier ? pro.multiplier[j] : 1.0f);
+        }
+    } else if (pro.multiplier) {
+        for (; j + LANES <= n; j += LANES) store(p + j, load(x + j) * load(pro.multiplier + j));
+        for (; j < n; ++j) p[j] = x[j] * pro.multiplier[j];
+    } else {
+        for (; j + LANES <= n; j += LANES) store(p + j, load(x + j));
+        for (; j < n; ++j) p[j] = x[j];
+    }
+    for (; j < pro.padded; ++j) p[j] = 0.0f;
+}
+
+// load_row and blocks of 64 in one pass, the usual case.
+void load_row_hadamard64(const Prologue& pro, const float* x, float* p) {
+    constexpr int N = 64 / LANES;
+    for (int j = 0; j < pro.inputs; j += 64) {
+        Floats v[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            v[i] = load(x + j + i * LANES);
+            if (pro.multiplier) v[i] *= load(pro.multiplier + j + i * LANES);
+        }
+        hadamard_registers(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) store(p + j + i * LANES, v[i]);
+    }
+    for (int j = pro.inputs; j < pro.padded; ++j) p[j] = 0.0f;
+}
+
+void rotate(const Prologue& pro, float* p, int rows) {
+    switch (pro.rotation) {
+        case Rotation::none: break;
+        case Rotation::hadamard: hadamard_blocks(p, pro.inputs, pro.block); break;
+        case Rotation::full: hadamard_full(p, pro.inputs, pro.base, pro.matrix); break;
+        case Rotation::dense: dense_blocks(p, pro.padded, rows, pro); break;
+    }
+}
+
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+
+template <int D>
+inline Ints spread(Ints v) { return larger(v, Ints(swap_lanes<D>(Floats(v)))); }
+
+// Largest |p[i]|, in every lane. Compared as bits: infinity above numbers, NaN above all.
+inline Floats absmax(const float* p, int n) {
+    Ints a{}, b{};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        a = larger(a, Ints(load(p + i)) & 0x7fffffff);
+        b = larger(b, Ints(load(p + i + LANES)) & 0x7fffffff);
+    }
+    for (; i < n; i += LANES) a = larger(a, Ints(load(p + i)) & 0x7fffffff);
+    a = larger(a, b);
+    a = spread<1>(a);
+    a = spread<2>(a);
+#if LANES >= 8
+    a = spread<4>(a);
+#endif
+#if LANES >= 16
+    a = spread<8>(a);
+#endif
+    return Floats(a);
+}
+
+inline int32_t sum_lanes(Ints v) {
+    v = v + Ints(swap_lanes<1>(Floats(v)));
+    v = v + Ints(swap_lanes<2>(Floats(v)));
+#if LANES >= 8
+    v = v + Ints(swap_lanes<4>(Floats(v)));
+#endif
+#if LANES >= 16
+    v = v + Ints(swap_lanes<8>(Floats(v)));
+#endif
+    return v[0];
+}
+
+// p times inverse, rounded to even and cut to the range, into bytes. Returns their sum.
+// FIXED scales may be far too small for p: cut before rounding, which works up to 2^22.
+template <bool FIXED>
+inline int32_t round_run(const Prologue& pro, const float* p, int n, Floats inverse, int8_t* q) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the addition rounds
+    const Ints low = Ints{} + int32_t(pro.low), high = Ints{} + int32_t(pro.high);
+    Ints sum{};
+    for (int i = 0; i < n; i += LANES) {
+        Floats v = load(p + i) * inverse;
+        if (FIXED) {
+            v = v < pro.low ? splat(pro.low) : v;
+            v = v > pro.high ? splat(pro.high) : v;
+        }
+        Ints whole = Ints(v + magic) - Ints(magic);
+        whole = larger(smaller(whole, high), low);
+        sum += whole;
+        *reinterpret_cast<LooseBytes*>(q + i) = __builtin_convertvector(whole, Bytes);
+    }
+    return sum_lanes(sum);
+}
+
+// One row of floats to integers, sums and scales.
+void quantize_row(const Prologue& pro, const float* p, int step, int row, const QuantTile& to,
+                  int8_t* q) {
+    constexpr float tiny = 1.17549435e-38f;
+    const int per_group = pro.group / pro.segment;
+    for (int g = 0, s = 0; g < pro.groups; ++g) {
+        const int start = g * pro.group;
+        const int end = start + pro.group < pro.padded ? start + pro.group : pro.padded;
+        const Floats peak = absmax(p + start, end - start);
+        Floats scale, inverse;
+        if (pro.table) {
+            const float fixed = pro.table[size_t(step) * pro.groups + g];
+            inverse = splat(pro.norm / fixed);
+            scale = splat(peak[0] == peak[0] ? fixed : peak[0]);
+        } else {
+            const Floats raw = peak * pro.factor;
+            const Floats safe = raw < tiny ? splat(tiny) : raw;
+            inverse = 1.0f / safe;
+            scale = safe * pro.norm;
+        }
+        for (int i = 0; i < per_group && s < pro.segments; ++i, ++s) {
+            const int at = s * pro.segment;
+            const int32_t sum =
+                pro.table ? round_run<true>(pro, p + at, pro.segment, inverse, q + at)
+                          : round_run<false>(pro, p + at, pro.segment, inverse, q + at);
+            to.offset[s * to.rows + row] = pro.start - 8 * sum;
+            if (to.act_scale) to.act_scale[s * to.rows + row] = scale[0];
+        }
+        to.token_scale[row] = to.act_scale ? 1.0f : scale[0];
+    }
+}
+
+// The row times the low-rank part's input side.
+inline void project_row(const Prologue& pro, const float* p, float* out) {
+    for (int i = 0; i < pro.rank; ++i) {
+        const float* b = pro.lowrank_b + size_t(i) * pro.padded;
+        Floats sum{};
+        for (int k = 0; k < pro.padded; k += LANES) sum += load(p + k) * load(b + k);
+        out[i] = 0.0f;
+        for (int l = 0; l < LANES; ++l) out[i] += sum[l];
+    }
+}
+
+typedef int32_t Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define EVERY_FOUR_4(f) f(0)
+#define EVERY_FOUR_8(f) f(0), f(4)
+#define EVERY_FOUR_16(f) f(0), f(4), f(8), f(12)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define EVERY_FOUR JOIN(EVERY_FOUR_, LANES)
+#define SINGLES_LOW(i) i, LANES + i, i + 1, LANES + i + 1
+#define SINGLES_HIGH(i) i + 2, LANES + i + 2, i + 3, LANES + i + 3
+#define PAIRS_LOW(i) i, i + 1, LANES + i, LANES + i + 1
+#define PAIRS_HIGH(i) i + 2, i + 3, LANES + i + 2, LANES + i + 3
+// Within every four elements: the lower or upper halves of a and b, by singles or by pairs.
+#define MIX(a, b, which) __builtin_shufflevector(a, b, EVERY_FOUR(which))
+
+// Each four elements of v to a place of its own, `stride` bytes apart.
+template <int PART = 0>
+inline void store_fours(Ints v, int8_t* out, size_t stride) {
+    constexpr int i = 4 * PART;
+    *reinterpret_cast<Four*>(out) = __builtin_shufflevector(v, v, i, i + 1, i + 2, i + 3);
+    if constexpr (i + 4 < LANES) store_fours<PART + 1>(v, out + stride, stride);
+}
+
+// Four rows, LANES * 4 bytes of each, to [LANES][kRowStride][4].
+inline void interleave_four(const int8_t* q, size_t stride, int8_t* out) {
+    Ints r[4];
+    for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const LooseInts*>(q + i * stride);
+    const Ints a = MIX(r[0], r[1], SINGLES_LOW), b = MIX(r[0], r[1], SINGLES_HIGH);
+    const Ints c = MIX(r[2], r[3], SINGLES_LOW), d = MIX(r[2], r[3], SINGLES_HIGH);
+    constexpr size_t step = kRowStride * 4;
+    store_fours(MIX(a, c, PAIRS_LOW), out, 4 * step);
+    store_fours(MIX(a, c, PAIRS_HIGH), out + step, 4 * step);
+    store_fours(MIX(b, d, PAIRS_LOW), out + 2 * step, 4 * step);
+    store_fours(MIX(b, d, PAIRS_HIGH), out + 3 * step, 4 * step);
+}
+
+// The rows' bytes, [rows][padded], to the tile's order. Rows that do not exist hold anything.
+void interleave(const int8_t* q, int padded, const QuantTile& to) {
+    if (to.rows == 1) {
+        __builtin_memcpy(to.acts, q, padded);
+        return;
+    }
+    for (int first = 0; first < to.rows; first += 4) {
+        int k = 0;
+        for (; k + LANES * 4 <= padded; k += LANES * 4) {
+            interleave_four(q + size_t(first) * padded + k, padded,
+                            to.acts + k * kRowStride + first * 4);
+        }
+        for (; k < padded; k += 4) {
+            for (int r = first; r < first + 4; ++r) {
+                __builtin_memcpy(to.acts + k * kRowStride + r * 4, q + size_t(r) * padded + k, 4);
+            }
+        }
+    }
+}
+
+void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int step,
+                   const QuantTile& to, const Scratch& scratch) {
+    const bool usual = pro.rotation == Rotation::hadamard && pro.block == 64 &&
+                       !pro.permutation && pro.inputs % 64 == 0;
+    const int batch = pro.rotation == Rotation::dense ? to.rows : 1;
+    for (int first = 0; first < to.rows; first += batch) {
+        for (int r = 0; r < batch; ++r) {
+            const float* from = x + (first + r) * x_stride;
+            float* p = scratch.rows + size_t(r) * pro.padded;
+            usual ? load_row_hadamard64(pro, from, p) : load_row(pro, from, p);
+        }
+        if (!usual) rotate(pro, scratch.rows, batch);
+        for (int r = 0; r < batch; ++r) {
+            project_row(pro, scratch.rows + size_t(r) * pro.padded,
+                        to.lowrank + (first + r) * pro.rank);
+            quantize_row(pro, scratch.rows + size_t(r) * pro.padded, step, first + r, to,
+                         scratch.bytes + size_t(first + r) * pro.padded);
+        }
+    }
+    interleave(scratch.bytes, pro.padded, to);
+}

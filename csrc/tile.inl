@@ -1,0 +1,165 @@
+// The product of one tile of activations with one strip of panels, for any vector type.
+// Included once per instruction set, after its `Vec` and inside its anonymous namespace.
+//
+// Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes),
+// split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
+// as_float (same bits), sub, fma, mul, and loads and stores of floats.
+
+#define OMEGA_UNROLL _Pragma("GCC unroll 64")
+
+template <int R, int P, int MODE>
+struct Tile {
+    static constexpr int per_panel = kPanel / Vec::lanes;
+    static constexpr int N = P * per_panel;  // vectors across the strip
+    static constexpr int kStep = kPieceBytes * Vec::narrow;  // from piece to piece of a strip
+    static constexpr int kAhead = 8192;                      // bytes
+    static constexpr int S = R == 1 ? 1 : kRowStride;
+    // Few sums would wait for each other: give odd inputs sums of their own.
+    static constexpr bool split_sums = Vec::independent && R * N < 8;
+    using I = typename Vec::I;
+    using F = typename Vec::F;
+
+    // Where vector n of a piece lies, from the strip's piece on.
+    static inline size_t place(size_t strip_bytes, int n) {
+        const int panel = n / per_panel, part = n % per_panel;
+        return (panel / Vec::narrow) * strip_bytes + (panel % Vec::narrow) * kPieceBytes +
+               part * (Vec::lanes * 4);
+    }
+
+    // Weights come from memory once and in order: ask for them early enough.
+    static inline void prefetch(const uint8_t* weight, size_t strip_bytes) {
+        OMEGA_UNROLL for (int panel = 0; panel < P; ++panel) {
+            __builtin_prefetch(weight + place(strip_bytes, panel * per_panel) + kAhead, 0, 2);
+        }
+    }
+
+    // Integer sums of one segment.
+    static inline __attribute__((always_inline)) void segment(
+        const uint8_t* weight, size_t strip_bytes, const int8_t* acts, const int32_t* offset,
+        int pieces, I (&sum)[R][N]) {
+        I more[R][N];
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+            const I start = Vec::splat(offset[r]);
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                sum[r][n] = start;
+                if (split_sums) more[r][n] = Vec::splat(0);
+            }
+        }
+        for (int p = 0; p < pieces; ++p) {
+            I even[N], odd[N];
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                Vec::split(weight + place(strip_bytes, n), even[n], odd[n]);
+            }
+            prefetch(weight, strip_bytes);
+            OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+                const I a = Vec::splat4(acts + 4 * r), b = Vec::splat4(acts + 4 * (S + r));
+                OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                    if (split_sums) {
+                        Vec::dot(sum[r][n], even[n], a);
+                        Vec::dot(more[r][n], odd[n], b);
+                    } else {
+                        Vec::dot2(sum[r][n], even[n], odd[n], a, b);
+                    }
+                }
+            }
+            weight += kStep;
+            acts += kPiece * S;
+        }
+        if (split_sums) {
+            OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+                OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                    sum[r][n] = Vec::add(sum[r][n], more[r][n]);
+                }
+            }
+        }
+    }
+
+    // total += sum * scales of this segment.
+    static inline __attribute__((always_inline)) void accumulate(
+        const TileArgs& t, int s, const I (&sum)[R][N], float* total) {
+        F column[N];
+        if (MODE & kWeightSegments) {
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                column[n] = Vec::load(t.weight_scale + s * t.outputs + n * Vec::lanes);
+            }
+        }
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+            const F row = MODE & kActSegments ? Vec::splatf(t.act_scale[s * R + r]) : F();
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                float* into = total + (r * N + n) * Vec::lanes;
+                const F value = Vec::sub(Vec::as_float(sum[r][n]), Vec::splatf(kMagic));
+                const F scale = MODE == 3 ? Vec::mul(row, column[n])
+                                : MODE == 1 ? row : column[n];
+                Vec::store(into, Vec::fma(value, scale, Vec::load(into)));
+            }
+        }
+    }
+
+    static inline void write(const TileArgs& t, int r, int n, F value) {
+        const int column = n * Vec::lanes, left = t.columns - column;
+        const F scale = Vec::mul(Vec::splatf(t.token_scale[r]), Vec::load(t.row_scale + column));
+        value = Vec::fma(value, scale, Vec::load(t.bias + column));
+        for (int i = 0; i < t.rank; ++i) {
+            const F share = Vec::splatf(t.lowrank[r * t.rank + i]);
+            value = Vec::fma(share, Vec::load(t.lowrank_a + i * t.outputs + column), value);
+        }
+        float* to = t.y + r * t.y_stride + column;
+        if (left >= Vec::lanes) {
+            Vec::store(to, value);
+        } else if (left > 0) {
+            float part[Vec::lanes];
+            Vec::store(part, value);
+            for (int i = 0; i < left; ++i) to[i] = part[i];
+        }
+    }
+
+    static void run(const TileArgs& t) {
+        I sum[R][N];
+        if (MODE == 0) {
+            segment(t.weight, t.strip_bytes, t.acts, t.offset, t.segments * t.pieces, sum);
+            OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+                OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                    write(t, r, n, Vec::to_float(sum[r][n]));
+                }
+            }
+            return;
+        }
+        alignas(64) float total[R * N * Vec::lanes];
+        for (int i = 0; i < R * N * Vec::lanes; ++i) total[i] = 0.0f;
+        for (int s = 0; s < t.segments; ++s) {
+            segment(t.weight + size_t(s) * t.pieces * kStep, t.strip_bytes,
+                    t.acts + size_t(s) * t.pieces * kPiece * S, t.offset + s * R, t.pieces, sum);
+            accumulate(t, s, sum, total);
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int n = 0; n < N; ++n) write(t, r, n, Vec::load(total + (r * N + n) * Vec::lanes));
+        }
+    }
+};
+
+// Fills the table with every height that this instruction set has.
+template <int MODE, int R>
+void fill_tiles(Isa& isa) {
+    if constexpr (R > 0) {
+        isa.tile[MODE][0][R] = &Tile<R, Vec::narrow, MODE>::run;
+        if constexpr (R <= Vec::wide_rows) {
+            isa.tile[MODE][1][R] = &Tile<R, Vec::wide, MODE>::run;
+        }
+        fill_tiles<MODE, R - 1>(isa);
+    }
+}
+
+inline Isa make_isa(const char* name) {
+    Isa isa{};
+    isa.name = name;
+    isa.max_rows = Vec::max_rows;
+    isa.wide_rows = Vec::wide_rows;
+    isa.panels[0] = Vec::narrow;
+    isa.panels[1] = Vec::wide;
+    fill_tiles<0, Vec::max_rows>(isa);
+    fill_tiles<1, Vec::max_rows>(isa);
+    fill_tiles<2, Vec::max_rows>(isa);
+    fill_tiles<3, Vec::max_rows>(isa);
+    isa.prologue = &prologue_tile;
+    return isa;
+}

@@ -1,0 +1,366 @@
+"""The native backend equals the oracle, on every instruction set that runs here."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import signal
+import threading
+import weakref
+
+import pytest
+import torch
+
+from numerics.problems import random, tokens
+from omega_qvla.config.recipe import ActivationScheme, Rotation, Scheme, Smoothing, WeightScheme
+from omega_qvla.errors import BackendError, StepError
+from omega_qvla.kernels import cpu, reference
+from omega_qvla.kernels.cpu import NativeBackend, NativeLayer, isa_names
+from omega_qvla.kernels.registry import get_backend, resolve_backend
+from omega_qvla.modules.step_context import Step
+from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.packing import pack_int4
+
+from .test_emulated import ROTATIONS, make
+
+CPU = torch.device("cpu")
+DYNAMIC = ("per_token", "per_token_group")
+KINDS = (*DYNAMIC, "per_step_tensor", "per_step_group")
+ISAS = isa_names()
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels are not built here")
+
+
+@pytest.fixture(params=ISAS or ["none"])
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set in turn."""
+    return str(request.param)
+
+
+def integers(
+    kind: str, width: int, out: int, bits: int = 4, group: int | None = None, act_group: int = 64
+) -> QuantizedLayer:
+    """A layer of random int4 weights whose scales are all 1."""
+    generator = torch.Generator().manual_seed(width + out)
+    q = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
+    q[0] = -8
+    activation = ActivationScheme(kind, bits=bits, group=act_group)  # type: ignore[arg-type]
+    groups = -(-width // act_group) if kind == "per_step_group" else 1
+    return QuantizedLayer(
+        name="l",
+        side="backbone",
+        in_features=width,
+        out_features=out,
+        scheme=Scheme(weight=WeightScheme(group=group), activation=activation),
+        num_steps=None,
+        qweight=pack_int4(q),
+        weight_scale=torch.ones(out, 1 if group is None else -(-width // group)).half(),
+        act_scale=torch.ones(1, groups) if activation.static else None,
+    )
+
+
+def whole_numbers(rows: int, layer: QuantizedLayer) -> torch.Tensor:
+    """Inputs that quantize to themselves: int64 [rows, in], the first row as large as can be."""
+    activation = layer.scheme.activation
+    qmax = 2 ** (activation.bits - 1) - 1
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randint(-qmax - 1, qmax + 1, (rows, layer.in_features), generator=generator)
+    if not activation.static:
+        x = x.clamp(-qmax, qmax)
+        x[:, :: activation.group] = qmax  # the largest of every group
+    x[0] = -qmax
+    return x
+
+
+def same_integers(layer: QuantizedLayer, rows: int, isa: str) -> None:
+    x = whole_numbers(rows, layer)
+    expected = (x @ layer.integers().long().T).float()
+    got = NativeLayer(layer, isa)(x.float(), None)
+    assert torch.equal(got, expected), (layer.scheme, layer.in_features, layer.out_features, rows)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_integer_sums_are_exact(isa: str, kind: str, bits: int, group: int | None) -> None:
+    """With all scales 1 the result is the int64 product, bit for bit."""
+    for width, out, rows in [(4096, 8, 5), (64, 33, 7), (256, 130, 1), (1000, 64, 17)]:
+        same_integers(integers(kind, width, out, bits, group), rows, isa)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_integer_sums_are_exact_for_any_shape(isa: str, threads: int) -> None:
+    """Heights around every tile, widths around every vector, one group, K = 64, two threads."""
+    generator = torch.Generator().manual_seed(threads)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    torch.set_num_threads(threads)
+    try:
+        for trial in range(60):
+            rows, out = draw(1, 28), draw(1, 150)
+            width = (64, 128, draw(1, 400), 16 * draw(1, 30))[trial % 4]
+            kind = KINDS[draw(0, len(KINDS))]
+            group = (None, 16, 48, 64, 128)[draw(0, 5)]
+            act_group = (16, 32, 64, 128)[draw(0, 4)]
+            layer = integers(kind, width, out, (4, 8)[draw(0, 2)], group, act_group)
+            same_integers(layer, rows, isa)
+        same_integers(integers("per_token_group", 1024, 512), 130, isa)  # worth two threads
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [96, 112, 160])
+@pytest.mark.parametrize("extras", [False, True])
+def test_equals_the_oracle(
+    isa: str, rotation: Rotation, kind: str, width: int, extras: bool
+) -> None:
+    """On the whole, but for a token or two in which the last bit of an x' tipped a rounding."""
+    scheme = Scheme(
+        rotation=rotation,
+        weight=WeightScheme(group=48 if width == 160 else None, rank=2 if extras else 0),
+        activation=ActivationScheme(kind, bits=8 if width == 96 else 4, group=32, clip=0.9),  # type: ignore[arg-type]
+        smoothing=Smoothing() if extras else None,
+        permutation=extras,
+        output_rotation=extras,
+    )
+    layer = make(scheme, width, 3)
+    x = tokens(12, width, 3, seed=5)[1].view(2, 6, width)
+    expected = reference.linear(x, layer, Step(1, 3))
+    got = NativeLayer(layer, isa)(x, Step(1, 3))
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    size = float(expected.abs().max())
+    off = ((got - expected).abs() > 3e-6 * size).reshape(-1, layer.out_features).any(1)
+    assert int(off.sum()) <= 2
+    assert float((got - expected).abs().max()) < 0.1 * size
+
+
+@pytest.mark.parametrize("width", [64, 192, 576, 1024, 1280])
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
+def test_prologue_rounds_as_the_oracle(isa: str, rotation: Rotation, width: int) -> None:
+    """The same integers but where x' lies on the edge between two of them; the same scales."""
+    scheme = Scheme(
+        rotation=dataclasses.replace(rotation, block=64),
+        activation=ActivationScheme("per_token_group", bits=8),
+        smoothing=Smoothing(),
+    )
+    try:
+        layer = make(scheme, width, None, out=4)
+    except Exception as error:  # no such transform of this width
+        pytest.skip(str(error))
+    x = tokens(9, width, seed=3)[0]
+    rotated = reference.transform_input(x, layer)
+    q, scale = reference.quantize_input(rotated, layer, None)
+    got, got_scale = NativeLayer(layer, isa).quantize(x)
+    torch.testing.assert_close(got_scale, scale[:, ::64], rtol=2e-6, atol=0.0)
+    exact = rotated / scale
+    edge = ((exact - exact.floor()) - 0.5).abs() < 1e-3
+    differ = got != q
+    assert not bool((differ & ~edge).any())
+    assert int((got - q).abs().max()) <= 1 and float(differ.float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [None, 64])
+def test_product_is_within_rounding_of_the_oracle(isa: str, kind: str, group: int | None) -> None:
+    """Given the same integers: 1e-5 of the sum of the magnitudes of all terms."""
+    width, out = 640, 72
+    generator = torch.Generator().manual_seed(1)
+    layer = integers(kind, width, out, group=group)
+    scale = torch.rand(layer.weight_scale.shape, generator=generator) * 0.1 + 0.01
+    layer = dataclasses.replace(layer, weight_scale=scale.half(), bias=random(out))
+    if layer.act_scale is not None:
+        layer = dataclasses.replace(layer, act_scale=torch.rand(layer.act_scale.shape) + 0.5)
+    x = tokens(11, width, seed=2)[0]
+    native = NativeLayer(layer, isa)
+    q, scale = native.quantize(x)
+    columns = scale.double().repeat_interleave(64 if scale.shape[1] > 1 else width, 1)[:, :width]
+    expected = reference.product(q, columns, layer)
+    assert layer.bias is not None
+    terms = (q.double().abs() * columns) @ _dequantized(layer).abs().T + layer.bias.abs()
+    error = (native(x, None).double() - expected - layer.bias).abs()
+    assert float((error / terms).max()) < 1e-5
+
+
+def _dequantized(layer: QuantizedLayer) -> torch.Tensor:
+    group = layer.scheme.weight.group or layer.in_features
+    scale = layer.weight_scale.double().repeat_interleave(group, 1)[:, : layer.in_features]
+    return layer.integers().double() * scale
+
+
+def test_unaligned_and_strided_inputs(isa: str) -> None:
+    layer = integers("per_token", 96, 40)
+    native, x = NativeLayer(layer, isa), whole_numbers(6, layer).float()
+    expected = native(x, None)
+    for shift in (1, 2, 3, 5):
+        room = torch.zeros(x.numel() + shift)
+        room[shift:] = x.flatten()
+        assert torch.equal(native(room[shift:].view(6, 96), None), expected)
+    assert torch.equal(native(x.T.contiguous().T, None), expected)
+    assert torch.equal(native(x.view(2, 3, 96), None), expected.view(2, 3, 40))
+    assert native(x[:0], None).shape == (0, 40)
+    assert torch.equal(native(x[0], None), expected[0])
+    assert native(x.bfloat16(), None).dtype == torch.bfloat16
+
+
+def test_static_tables_follow_the_step() -> None:
+    layer = make(Scheme(activation=ActivationScheme("per_step_tensor")), 64, 3)
+    native, x = NativeLayer(layer), tokens(5, 64)[0]
+    for i in range(3):
+        torch.testing.assert_close(
+            native(x, Step(i, 3)), reference.linear(x, layer, Step(i, 3)), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(StepError, match="inside denoising_step"):
+        native(x, None)
+    with pytest.raises(StepError, match="calibrated for 3 denoising steps, not 4"):
+        native(x, Step(0, 4))
+
+
+@pytest.mark.parametrize(
+    "kind, bad",
+    [*((kind, float("nan")) for kind in KINDS), *((kind, float("inf")) for kind in DYNAMIC)],
+)
+def test_what_is_not_finite_never_comes_out_finite(isa: str, kind: str, bad: float) -> None:
+    """As in the oracle; its static schemes saturate infinities."""
+    scheme = Scheme(rotation=Rotation("hadamard"), activation=ActivationScheme(kind))  # type: ignore[arg-type]
+    native, x = NativeLayer(make(scheme, 128, None), isa), random(3, 128)
+    expected = native(x, None)
+    x[1, 7] = bad
+    y = native(x, None)
+    assert not bool(torch.isfinite(y[1]).any())
+    assert torch.equal(y[[0, 2]], expected[[0, 2]])
+
+
+def test_zeros_and_tiny_inputs(isa: str) -> None:
+    native = NativeLayer(integers("per_token_group", 128, 20), isa)
+    assert torch.equal(native(torch.zeros(3, 128), None), torch.zeros(3, 20))
+    assert bool(torch.isfinite(native(torch.full((2, 128), 1e-44), None)).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_from_many_python_threads(threads: int) -> None:
+    """More callers than cores, all sharing one set of helpers: each gets its own result."""
+    torch.set_num_threads(threads)
+    layers = [integers("per_token_group", 512, 256), integers("per_token", 320, 100)]
+    natives = [NativeLayer(layer) for layer in layers]
+    inputs = [[whole_numbers(rows, layer).float() for rows in (40, 3, 1)] for layer in layers]
+    expected = [[native(x, None) for x in xs] for native, xs in zip(natives, inputs, strict=True)]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        torch.set_num_threads(threads)
+        for i in range(60):
+            layer, rows = (number + i) % 2, i % 3
+            if not torch.equal(natives[layer](inputs[layer][rows], None), expected[layer][rows]):
+                wrong.append(number)
+
+    try:
+        workers = [threading.Thread(target=work, args=(n,)) for n in range(5)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(timeout=60)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        torch.set_num_threads(1)
+    assert not wrong
+
+
+def test_a_compiled_graph_stays_whole() -> None:
+    native = NativeLayer(integers("per_token", 64, 24))
+    x = whole_numbers(5, integers("per_token", 64, 24)).float()
+    model = lambda x: native(x * 2.0, None) + 1.0  # noqa: E731
+    with torch.inference_mode():
+        expected = model(x)
+    explained = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(explained(x), expected)
+
+
+def test_operator_is_sound() -> None:
+    native = NativeLayer(integers("per_token", 64, 24))
+    torch.library.opcheck(
+        torch.ops.omega_qvla.native_linear.default,
+        (random(3, 64), native.number, 0, 24),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_gradients_are_refused() -> None:
+    native = NativeLayer(integers("per_token", 64, 24))
+    x = random(2, 64).requires_grad_()
+    with pytest.raises(BackendError, match="no gradient"):
+        native(x, None)
+    with torch.no_grad():
+        native(x, None)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    native = NativeLayer(integers("per_token", 64, 24))
+    with pytest.raises(BackendError, match=r"takes \[\.\.\., 64\]"):
+        native(random(2, 63), None)
+
+
+def test_a_layer_is_freed_and_small() -> None:
+    layer = integers("per_token", 1024, 1024)
+    native = NativeLayer(layer)
+    assert native.nbytes <= 1.2 * layer.nbytes
+    alive = weakref.ref(native)
+    del native
+    gc.collect()
+    assert alive() is None
+
+
+def test_auto_prefers_it_and_forcing_fails_closed() -> None:
+    covered = integers("per_token", 64, 24)
+    assert resolve_backend("auto", [covered]).name == "native"
+    odd = integers("per_token", 64, 24, group=8)
+    with pytest.raises(BackendError, match="no multiples of 16"):
+        resolve_backend("native", [odd])
+    assert resolve_backend("auto", [covered, odd]).name == "emulated"
+    with pytest.raises(BackendError, match="no multiples of 16"):
+        NativeBackend().prepare(odd, CPU)
+    with pytest.raises(BackendError, match="does not run on meta"):
+        NativeBackend().prepare(covered, torch.device("meta"))
+
+
+def test_an_instruction_set_can_be_forced() -> None:
+    layer = integers("per_token", 64, 24)
+    assert get_backend("native:portable").available()[0]
+    assert resolve_backend("native:portable", [layer]).name == "native"
+    with pytest.raises(BackendError, match=r"no sse9, only .*portable"):
+        resolve_backend("native:sse9", [layer])
+    with pytest.raises(BackendError, match="unknown backend 'emulated:avx2'"):
+        get_backend("emulated:avx2")
+
+
+def test_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_module", lambda: None)
+    layer = integers("per_token", 64, 24)
+    available, why = NativeBackend().available()
+    assert not available and "apt-get install g++ python3-dev" in why
+    assert resolve_backend("auto", [layer]).name == "emulated"
+    for call in (
+        lambda: resolve_backend("native", [layer]),
+        lambda: NativeBackend().prepare(layer, CPU),
+    ):
+        with pytest.raises(BackendError, match="install a C\\+\\+ compiler"):
+            call()
+
+
+def test_a_forked_child_works_alone() -> None:
+    """The helper threads stay behind in the parent; the child must not wait for them."""
+    layer = integers("per_token_group", 1024, 512)
+    native, x = NativeLayer(layer), whole_numbers(64, layer).float()
+    torch.set_num_threads(2)
+    try:
+        expected = native(x, None)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if torch.equal(native(x, None), expected) else 1)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(1)
+    assert status == 0

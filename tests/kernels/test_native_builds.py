@@ -1,0 +1,92 @@
+"""The kernels built in other ways: sanitizers, another CPU, no compiler. Slow: they compile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+
+
+def build_check(folder: Path, flags: str, *options: str) -> Path:
+    """csrc/check.cpp built with these compiler flags."""
+    need("cmake")
+    configure = ["cmake", "-S", str(ROOT / "cmake" / "check"), "-B", str(folder)]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Release", *options]
+    for command in (configure, ["cmake", "--build", str(folder), "-j", "2"]):
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return folder / "check"
+
+
+def run_check(command: list[str], *names: str, **environment: str) -> None:
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    for name in names:
+        assert name in run.stdout
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
+    need("g++")
+    flags = f"-g -fsanitize={sanitizer} -fno-sanitize-recover=all"
+    program = build_check(tmp_path, flags, "-DCMAKE_CXX_COMPILER=g++")
+    run_check([str(program), "60"], "portable", "0 failures")
+
+
+def test_aarch64_under_emulation(tmp_path: Path) -> None:
+    need("aarch64-linux-gnu-g++", "qemu-aarch64")
+    program = build_check(
+        tmp_path,
+        "-static",
+        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    )
+    run_check(["qemu-aarch64", "-cpu", "max", str(program), "40"], "neon-dotprod", "0 failures")
+    run_check(["qemu-aarch64", "-cpu", "cortex-a53", str(program), "10"], "portable", "0 failures")
+
+
+def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
+    """A wheel comes out, without the module, and the build says why."""
+    pytest.importorskip("scikit_build_core")
+    need("cmake", "ninja")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja", "uname", "env"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
+    run = subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path / "out"), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **{k: v for k, v in os.environ.items() if k not in ("CXX", "CC")},
+            "PATH": str(tools),
+            "SKBUILD_BUILD_DIR": str(tmp_path / "build"),
+        },
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said[-3000:]
+    assert "native CPU kernels are not built" in said and "no working C++ compiler" in said
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "omega_qvla/kernels/cpu.py" in names and "omega_qvla/py.typed" in names
+    assert not [name for name in names if name.endswith((".so", ".a"))]
