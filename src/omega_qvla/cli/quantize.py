@@ -9,6 +9,7 @@ from typing import Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.overrides import add_overrides, override
 from omega_qvla.cli.parsing import SIDES, add_calibration, add_checkpoint, add_device
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
@@ -62,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resume", action="store_true", help="discard what an earlier build left"
     )
+    add_overrides(parser)
     add_device(parser)
     add_calibration(parser)
 
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.quantize import Progress, plan, quantize_policy
 
     sides = SIDES if args.side == "both" else (args.side,)
-    recipe = adjust(resolve_recipe(args.recipe), args, sides)
+    recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     outline = open_checkpoint(args.checkpoint)
     plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
     if args.calibration and (args.observations or args.env):
