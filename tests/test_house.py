@@ -31,13 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pack": {*_MODELS, "policies"},
     "calibration": _SHARED,
     "quantize": _BUILD,
+    "quantize_module": {*_BUILD, "quantize"},
     "envs": {"policies"},
     "runtime": _SHARED,
     "serving": _RUN,
     "evaluation": {*_RUN, "envs"},
     "cli": {*_BUILD, *_RUN, "quantize", "serving", "envs", "evaluation"},
 }
-BUILD_WING = {"calibration", "quantize"}
+BUILD_WING = {"calibration", "quantize", "quantize_module"}
 RUN_WING = {"runtime", "envs", "serving", "evaluation"}
 # Imported inside the functions that need them, never when a module is loaded.
 LAZY = {"mujoco", "metaworld", "gymnasium", "matplotlib", "triton", "ray", "scipy"}

@@ -69,6 +69,8 @@ class InputObserver:
         observations: how many observations will be run.
         seed: chooses the kept tokens, by (seed, observation, step) alone, so the choice does
             not depend on which other layers are watched.
+        share: give layers that read one tensor one set of statistics. False for code that
+            may call a layer in several places, with its neighbours in one and without in another.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class InputObserver:
         token_cap: int,
         observations: int,
         seed: int,
+        share: bool = True,
     ) -> None:
-        self._modules = dict(modules)
+        self._modules, self._share = dict(modules), share
         self._num_steps = num_steps
         self._cap, self._total, self._seed = token_cap, observations, seed
         self._groups: dict[str, _Group] = {}
@@ -96,7 +99,7 @@ class InputObserver:
         self._observation = observation
         self._kept.clear()
         handles = [
-            module.register_forward_pre_hook(self._hook(name))
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self._modules.items()
         ]
         try:
@@ -107,14 +110,16 @@ class InputObserver:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            self._see(name, arguments[0])
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            x = arguments[0] if arguments else named["input"]
+            with torch.autocast(x.device.type, enabled=False):  # statistics are of full precision
+                self._see(name, x)
 
         return hook
 
     def _see(self, name: str, x: Tensor) -> None:
         self._calls[name] += 1
-        shared = self._last is not None and self._last[0] is x
+        shared = self._share and self._last is not None and self._last[0] is x
         if self._last is not None and shared:
             leader = self._leader.setdefault(name, self._last[1])
             if leader == self._last[1] and leader != name:

@@ -9,7 +9,9 @@ from typing import Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.overrides import add_overrides, override
 from omega_qvla.cli.parsing import SIDES, add_calibration, add_checkpoint, add_device
+from omega_qvla.cli.published import add_published, convert
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
 
@@ -25,6 +27,7 @@ EXAMPLES = """\
   omega-qvla quantize assets/pi05-metaworld --env metaworld --num-samples 48 --out pi05.safetensors
   omega-qvla quantize CHECKPOINT --calibration calibration.safetensors --side backbone --out bb.safetensors
   omega-qvla quantize CHECKPOINT --recipe rtn --out naive.safetensors
+  omega-qvla quantize CHECKPOINT --from-published quantized.pt --out published.safetensors
   omega-qvla quantize CHECKPOINT --observations FILE --side action_head --exclude 'layers\\.0\\.' --out p.safetensors
 """  # noqa: E501
 
@@ -62,12 +65,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resume", action="store_true", help="discard what an earlier build left"
     )
+    add_overrides(parser)
+    add_published(parser)
     add_device(parser)
     add_calibration(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Build the pack and show its sizes."""
+    if args.from_published is not None:
+        convert(args, console)
+        console.result(show_sizes(args.out, console))
+        return 0
+    if args.activation is not None:
+        raise ConfigError("--activation completes --from-published; a recipe says its own")
     from omega_qvla.calibration.collect import Calibration
     from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.cli.sources import given_observations
@@ -76,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.quantize import Progress, plan, quantize_policy
 
     sides = SIDES if args.side == "both" else (args.side,)
-    recipe = adjust(resolve_recipe(args.recipe), args, sides)
+    recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     outline = open_checkpoint(args.checkpoint)
     plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
     if args.calibration and (args.observations or args.env):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
+from omega_qvla.config import Scheme, SideRecipe
 from omega_qvla.errors import PackError
 from omega_qvla.modules.linear import QuantLinear, replace_linears
-from omega_qvla.pack.manifest import Manifest
+from omega_qvla.pack.activation_bits import with_activation_bits
+from omega_qvla.pack.manifest import SIDES, Manifest
 from omega_qvla.pack.merge import differing_tensors
 from omega_qvla.pack.reader import Pack, read_pack
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.registry import source_hashes
+from omega_qvla.policies.targets import select_targets
+
+#: What to do about layers that the family quantizes by default and a pack does not hold.
+Missing = Literal["error", "fallback"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,22 @@ class ApplyReport:
 
 
 def apply_pack(
-    policy: Policy, pack: Pack | str | os.PathLike[str], backend: str = "auto"
+    policy: Policy,
+    pack: Pack | str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    act_bits: int | None = None,
+    missing: Missing = "fallback",
 ) -> ApplyReport:
     """Replace the linears of `policy` that `pack` holds, in place.
 
     Everything is checked before anything is replaced.
+
+    Args:
+        act_bits: round inputs to so many bits instead of the pack's, see
+            `with_activation_bits`.
+        missing: layers that the family quantizes by default and the pack does not hold:
+            `fallback` leaves them as they are, `error` refuses.
 
     Raises:
         PackError: the file is damaged (when given a path), or made from another checkpoint
@@ -40,7 +58,10 @@ def apply_pack(
     """
     pack = pack if isinstance(pack, Pack) else read_pack(pack)
     check_source(policy, pack.manifest)
-    used = replace_linears(policy.module, pack.layers, backend)
+    if missing == "error":
+        check_complete(policy, pack)
+    layers = pack.layers if act_bits is None else with_activation_bits(pack.layers, act_bits)
+    used = replace_linears(policy.module, layers, backend)
     sizes = pack.sizes()
     return ApplyReport(
         backend=used.name,
@@ -49,6 +70,17 @@ def apply_pack(
         layer_bytes=sizes.layer_bytes,
         layer_bytes_16bit=sizes.layer_bytes_16bit,
     )
+
+
+def check_complete(policy: Policy, pack: Pack) -> None:
+    """Raise PackError unless `pack` holds every layer that its family quantizes by default."""
+    chosen = [select_targets(policy, SideRecipe(Scheme()), side) for side in SIDES]
+    lacking = [n for selection in chosen for n in selection.names if n not in pack.layers]
+    if lacking:
+        raise PackError(
+            f"{pack.path}: the pack lacks {len(lacking)} layer(s), first {lacking[0]}; merge the "
+            "other side's pack, or let them run unquantized (missing='fallback')"
+        )
 
 
 def check_source(policy: Policy, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -107,7 +108,12 @@ def source_hashes(policy: Policy) -> dict[str, str]:
     The rounding makes the hash independent of the dtype that the policy was loaded with.
     Call it before layers are replaced: a quantized layer is no longer a source tensor.
     """
-    return {name: _hash(tensor) for name, tensor in policy.module.state_dict().items()}
+    return tensor_hashes(policy.module.state_dict())
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> sha256 of shape and values rounded to bfloat16, as `source_hashes` has it."""
+    return {name: _hash(tensor) for name, tensor in tensors.items()}
 
 
 def _hash(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import ActionError
-from omega_qvla.pack.apply import ApplyReport, apply_pack
+from omega_qvla.pack.apply import ApplyReport, Missing, apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.base import Policy, check_actions
 from omega_qvla.policies.observation import Observation
@@ -37,10 +37,14 @@ class Engine:
         backend: str = "auto",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        act_bits: int | None = None,
+        missing: Missing = "fallback",
     ) -> Self:
         """Load a checkpoint directory and, if given, put its pack in place.
 
-        The pack is read and proved before the (larger) checkpoint is touched.
+        The pack is read and proved before the (larger) checkpoint is touched. `act_bits` and
+        `missing` are those of `apply_pack`.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or of no known family.
@@ -49,7 +53,9 @@ class Engine:
         """
         read = None if pack is None else read_pack(pack)
         policy = load_policy(checkpoint, device=device, dtype=dtype)
-        return cls(policy, None if read is None else apply_pack(policy, read, backend))
+        if read is None:
+            return cls(policy)
+        return cls(policy, apply_pack(policy, read, backend, act_bits=act_bits, missing=missing))
 
     @property
     def backend(self) -> str:
