@@ -17,12 +17,14 @@ _PUBLIC = {
     "Recipe": "omega_qvla.config.recipe",
     "apply_pack": "omega_qvla.pack.apply",
     "load_policy": "omega_qvla.policies.registry",
+    "load_bundle": "omega_qvla.bundle.reader",
     "merge_packs": "omega_qvla.pack.merge",
     "preset": "omega_qvla.config.presets",
     "quantize_policy": "omega_qvla.quantize",
     "read_pack": "omega_qvla.pack.reader",
     "resolve_recipe": "omega_qvla.config.presets",
     "verify_pack": "omega_qvla.pack.verify",
+    "write_bundle": "omega_qvla.bundle.writer",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -107,10 +107,11 @@ def source_hashes(policy: Policy) -> dict[str, str]:
     The rounding makes the hash independent of the dtype that the policy was loaded with.
     Call it before layers are replaced: a quantized layer is no longer a source tensor.
     """
-    return {name: _hash(tensor) for name, tensor in policy.module.state_dict().items()}
+    return {name: source_hash(tensor) for name, tensor in policy.module.state_dict().items()}
 
 
-def _hash(tensor: Tensor) -> str:
+def source_hash(tensor: Tensor) -> str:
+    """sha256 of one tensor's shape and of its values rounded to bfloat16."""
     digest = hashlib.sha256(str(list(tensor.shape)).encode())
     values = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     digest.update(values.view(torch.int16).numpy().data)
