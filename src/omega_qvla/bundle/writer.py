@@ -13,7 +13,14 @@ from torch import Tensor
 
 import omega_qvla
 from omega_qvla.bundle.families import Bundled, bake, blank_policy, embodied, time_linears
-from omega_qvla.bundle.manifest import MANIFEST, PACK, REST, BundleManifest, describe_file
+from omega_qvla.bundle.manifest import (
+    MANIFEST,
+    PACK,
+    REST,
+    BundleManifest,
+    describe_file,
+    is_bundle,
+)
 from omega_qvla.bundle.options import BundleOptions
 from omega_qvla.bundle.sizes import QUANTIZED, narrows, sizes_by_part
 from omega_qvla.bundle.slim import Slim, leave_out, slim
@@ -49,6 +56,8 @@ def write_bundle(
     """
     options = options or BundleOptions()
     folder = Path(checkpoint_dir)
+    if is_bundle(folder):
+        raise BundleError(f"{folder} is a bundle already; give the original checkpoint")
     files = checkpoint.tensor_files(folder)
     layout = checkpoint.detect_layout(files, folder)
     config = read_json(folder / CONFIG)

@@ -47,6 +47,10 @@ def load_policy(
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a directory: give the checkpoint's directory")
+    if (folder / "bundle.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a bundle, which is quantized already; give the original checkpoint"
+        )
     files = checkpoint.tensor_files(folder)
     layout = checkpoint.detect_layout(files, folder)
     config, target = read_json(folder / CONFIG), torch.device(device)
