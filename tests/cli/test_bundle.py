@@ -99,7 +99,8 @@ def test_refusals(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["bundle", checkpoint, pack, *out, "--observations", "nowhere"], "nothing was written"),
         (["bundle", bundle, pack, *out], "is a bundle already"),
         (["eval", bundle, *out, "--arm", f"a={pack}", "--tasks", "drawer-open"], "takes no pack"),
-        (["calibrate", bundle, *out, "--observations", f"{place}/observations.safetensors"],
+        (["calibrate", bundle, *out, "--num-samples", "2",
+          "--observations", f"{place}/observations.safetensors"],
          "is a bundle"),
     )  # fmt: skip
     for words, message in cases:
