@@ -19,7 +19,7 @@ MAX_FILE, MAX_FUNCTION = 600, 100
 _MODELS = {"config", "numerics", "kernels", "modules"}
 _SHARED = {*_MODELS, "policies", "pack"}
 _BUILD = {*_SHARED, "calibration"}
-_RUN = {*_SHARED, "runtime"}
+_RUN = {*_SHARED, "bundle", "runtime"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "__init__": set(),
@@ -29,11 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modules": {"config", "numerics", "kernels"},
     "policies": _MODELS,
     "pack": {*_MODELS, "policies"},
+    "bundle": _SHARED,
     "calibration": _SHARED,
     "quantize": _BUILD,
     "quantize_module": {*_BUILD, "quantize"},
     "envs": {"policies"},
-    "runtime": _SHARED,
+    "runtime": {*_SHARED, "bundle"},
     "serving": _RUN,
     "evaluation": {*_RUN, "envs"},
     "cli": {*_BUILD, *_RUN, "quantize", "serving", "envs", "evaluation"},

@@ -18,6 +18,7 @@ _PUBLIC = {
     "attach_pack": "omega_qvla.pack.foreign",
     "apply_pack": "omega_qvla.pack.apply",
     "load_policy": "omega_qvla.policies.registry",
+    "load_bundle": "omega_qvla.bundle.reader",
     "merge_packs": "omega_qvla.pack.merge",
     "preset": "omega_qvla.config.presets",
     "quantize_": "omega_qvla.quantize_module",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "read_pack": "omega_qvla.pack.reader",
     "resolve_recipe": "omega_qvla.config.presets",
     "verify_pack": "omega_qvla.pack.verify",
+    "write_bundle": "omega_qvla.bundle.writer",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -35,6 +35,10 @@ class PackError(OmegaError):
     """A pack file is truncated, altered, of another version, or of another checkpoint."""
 
 
+class BundleError(OmegaError):
+    """A bundle lacks a file, has an altered or truncated one, or cannot be written."""
+
+
 class BackendError(OmegaError):
     """A kernel backend is unavailable here or cannot run the requested scheme."""
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from omega_qvla.bundle.manifest import is_bundle, read_bundle
+from omega_qvla.bundle.reader import outline
 from omega_qvla.errors import CheckpointError
 from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.checkpoint import detect_layout, tensor_files
@@ -70,14 +72,23 @@ class Checkpoint:
 
 
 def family_of(path: Path) -> str:
-    """The family of a checkpoint directory, by its tensors. Raises CheckpointError."""
+    """The family of a checkpoint (by its tensors) or a bundle. Raises CheckpointError,
+    BundleError."""
+    if is_bundle(path):
+        return read_bundle(path, verify=False).family
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give the checkpoint's directory")
     return detect_layout(tensor_files(path), path).family
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read everything but the weights. Raises CheckpointError, ConfigError."""
+    """Read everything but the weights, of a checkpoint or a bundle.
+
+    Raises:
+        CheckpointError, ConfigError, BundleError: something is missing or impossible.
+    """
+    if is_bundle(path):
+        return _open_bundle(path)
     family = family_of(path)
     config = read_json(path / CONFIG)
     policy: Policy
@@ -95,3 +106,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         image_size = groot.eagle.vision.image_size
     files = set(tensor_files(path).values())
     return Checkpoint(path, policy, image_size, sum(file.stat().st_size for file in files))
+
+
+def _open_bundle(path: Path) -> Checkpoint:
+    manifest = read_bundle(path, verify=False)
+    policy = outline(path, manifest)
+    model = policy.model.config
+    vision = model.vision if isinstance(model, Pi05Config) else model.eagle.vision
+    return Checkpoint(path, policy, vision.image_size, manifest.total_bytes)

@@ -30,6 +30,8 @@ EXAMPLES = """\
   omega-qvla eval CHECKPOINT --arm omega=omega.safetensors --arm rtn=naive.safetensors \\
       --tasks drawer-open door-open --episodes 20 --workers 2 --out results.jsonl
 """
+#: Name of the arm that a bundle is, where it stands in the checkpoint's place.
+BUNDLE = "bundle"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=labelled,
         metavar="LABEL=PACK",
-        help="a pack to evaluate under this name; may be repeated",
+        help="a pack (or a bundle) to evaluate under this name; may be repeated",
     )
     parser.add_argument(
         "--no-reference", action="store_true", help="leave the full-precision arm out"
@@ -122,22 +124,26 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _arms(args: argparse.Namespace, family: str) -> tuple[Arm, ...]:
+    from omega_qvla.bundle.manifest import is_bundle
     from omega_qvla.evaluation.records import REFERENCE, Arm
 
-    packs: dict[str, str | None] = {} if args.no_reference else {REFERENCE: None}
+    reference = BUNDLE if is_bundle(args.checkpoint) else REFERENCE
+    packs: dict[str, str | None] = {} if args.no_reference else {reference: None}
     for label, pack in unique(args.arm, "arm").items():
         if label in packs:
             raise ConfigError(f"the arm {REFERENCE!r} is the checkpoint itself; rename the pack's")
+        if pack is not None and is_bundle(args.checkpoint):
+            raise ConfigError(f"{args.checkpoint} is a bundle: it takes no pack, leave {label} out")
         packs[label] = pack
     if not packs:
         raise ConfigError("--no-reference leaves nothing to evaluate: give --arm LABEL=PACK")
     return tuple(
         Arm(
             label,
-            str(args.checkpoint),
+            str(args.checkpoint) if pack is None or not is_bundle(pack) else pack,
             family,
             args.variant,
-            pack=pack,
+            pack=None if pack is None or is_bundle(pack) else pack,
             backend=args.backend,
             device=args.device,
         )

@@ -14,6 +14,8 @@ DESCRIPTION = """\
 Without a path: versions, what the CPU can do, which kernel backends run here (and why
 one does not), the named recipes and the policy families.
 
+With the path of a bundle: what it holds, and how (nothing is verified: `verify` does).
+
 With the path of a checkpoint: its family and sizes, and which layers a recipe would
 quantize. Nothing is changed and no weights are loaded.
 """
@@ -31,7 +33,7 @@ _FLAGS = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("path", nargs="?", type=Path, help="a checkpoint's directory")
+    parser.add_argument("path", nargs="?", type=Path, help="a checkpoint's or a bundle's directory")
     parser.add_argument(
         "--recipe", default="omega", help="preset or YAML file to ask about (default: omega)"
     )
@@ -40,9 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Show it."""
-    data = _machine(console) if args.path is None else _checkpoint(args, console)
-    console.result(data)
+    console.result(_machine(console) if args.path is None else _described(args, console))
     return 0
+
+
+def _described(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from omega_qvla.bundle.manifest import is_bundle
+
+    return _bundle(args, console) if is_bundle(args.path) else _checkpoint(args, console)
 
 
 def _machine(console: Console) -> dict[str, Any]:
@@ -139,6 +146,23 @@ def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     _show_sides(data["quantized"], recipe.name, args.layers, console)
     return data
+
+
+def _bundle(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from omega_qvla.bundle.manifest import PACK, read_bundle
+    from omega_qvla.cli.bundle import show_bundle
+    from omega_qvla.cli.checkpoints import open_checkpoint
+    from omega_qvla.pack.reader import read_manifest
+
+    data = show_bundle(args.path, read_bundle(args.path, verify=False), console)
+    pack = read_manifest(args.path / PACK)
+    console.text(f"pack: recipe {pack.recipe.get('name')}, {len(pack.layers)} layers")
+    if args.layers:
+        for name in pack.layers:
+            console.text(name)
+    outline = open_checkpoint(args.path).describe()
+    del outline["parameters"]  # of the network, not of what is stored of it
+    return {**outline, **data, "recipe": pack.recipe.get("name"), "layers": list(pack.layers)}
 
 
 def _side(policy: Any, recipe: Any, side: str) -> dict[str, Any]:

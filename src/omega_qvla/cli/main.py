@@ -31,6 +31,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "calibrate": Verb("omega_qvla.cli.calibrate", "observe a checkpoint's activations"),
         "quantize": Verb("omega_qvla.cli.quantize", "make a 4-bit pack from a checkpoint"),
         "merge": Verb("omega_qvla.cli.merge", "join packs, e.g. of backbone and action head"),
+        "bundle": Verb("omega_qvla.cli.bundle", "one folder that runs without the checkpoint"),
         "inspect": Verb("omega_qvla.cli.inspect", "show what is in a pack"),
         "verify": Verb("omega_qvla.cli.verify", "prove a pack, alone or against its checkpoint"),
         "eval": Verb("omega_qvla.cli.evaluate", "let policies act in a simulator and count"),

@@ -47,9 +47,11 @@ def replace_linears(
     module: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     backend: str | Backend = "auto",
+    device: torch.device | None = None,
 ) -> Backend:
     """Swap every `nn.Linear` named in `layers` (qualified name in `module`) for its quantized
-    self, in place, each on the device of the weight that it replaces.
+    self, in place, on `device`, or each on the device of the weight that it replaces (which
+    for a network on the meta device would be nowhere).
 
     All names and shapes are checked before anything is swapped. Returns the backend.
 
@@ -58,14 +60,11 @@ def replace_linears(
         BackendError: the backend cannot run a layer.
     """
     found = {name: _find(module, name, layer) for name, layer in layers.items()}
-    devices = {linear.weight.device for linear in found.values()}
+    devices = {name: device or linear.weight.device for name, linear in found.items()}
     if isinstance(backend, str):
-        device = next(iter(devices), torch.device("cpu"))
-        backend = resolve_backend(backend, layers.values(), device)
-    quantized = {
-        name: QuantLinear(layers[name], backend, linear.weight.device)
-        for name, linear in found.items()
-    }
+        first = next(iter(devices.values()), torch.device("cpu"))
+        backend = resolve_backend(backend, layers.values(), first)
+    quantized = {name: QuantLinear(layers[name], backend, devices[name]) for name in found}
     for name, replacement in quantized.items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, replacement)

@@ -98,10 +98,15 @@ def check_source(policy: Policy, manifest: Manifest) -> None:
             f"this pack was made from another checkpoint: {len(differing)} of "
             f"{len(manifest.source)} tensors differ: {named}; quantize this checkpoint anew"
         )
+    check_steps(manifest, policy.num_steps)
+
+
+def check_steps(manifest: Manifest, num_steps: int) -> None:
+    """Raise PackError where a layer's static scales are for another number of steps."""
     for name, layer in manifest.layers.items():
         tabled = layer.scheme.activation.static and layer.num_steps is not None
-        if tabled and layer.num_steps != policy.num_steps:
+        if tabled and layer.num_steps != num_steps:
             raise PackError(
                 f"layer {name} was calibrated for {layer.num_steps} denoising steps, the policy "
-                f"runs {policy.num_steps}; quantize with num_steps={policy.num_steps}"
+                f"runs {num_steps}; quantize with num_steps={num_steps}"
             )

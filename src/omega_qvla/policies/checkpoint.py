@@ -146,10 +146,8 @@ def read_weights(
 def _cast(
     tensor: Tensor, name: str, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    if layout.wide is not None and dtype.itemsize < 4 and re.search(layout.wide, name):
-        dtype = torch.float32
     # A clone where nothing else copies: otherwise the file stays mapped and open.
-    return tensor.to(device, dtype, copy=True)
+    return tensor.to(device, run_dtype(name, layout, dtype), copy=True)
 
 
 def _resolve_names(
@@ -172,6 +170,18 @@ def _resolve_names(
             + "; ".join(faults)
         )
     return sources
+
+
+def stored_names(files: Mapping[str, Path], layout: Layout, model: nn.Module) -> dict[str, str]:
+    """Name in the network -> name in the file, strictly. Raises CheckpointError."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: stored for stored, name in _resolve_names(files, layout, wanted).items()}
+
+
+def run_dtype(name: str, layout: Layout, dtype: torch.dtype) -> torch.dtype:
+    """What the tensor `name` runs as when a network is loaded as `dtype`."""
+    wide = layout.wide is not None and dtype.itemsize < 4 and re.search(layout.wide, name)
+    return torch.float32 if wide else dtype
 
 
 def write_weights(path: Path, layout: Layout, model: nn.Module, dtype: torch.dtype) -> None:

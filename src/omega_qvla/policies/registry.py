@@ -48,6 +48,10 @@ def load_policy(
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a directory: give the checkpoint's directory")
+    if (folder / "bundle.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a bundle, which is quantized already; give the original checkpoint"
+        )
     files = checkpoint.tensor_files(folder)
     layout = checkpoint.detect_layout(files, folder)
     config, target = read_json(folder / CONFIG), torch.device(device)
@@ -113,10 +117,11 @@ def source_hashes(policy: Policy) -> dict[str, str]:
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> sha256 of shape and values rounded to bfloat16, as `source_hashes` has it."""
-    return {name: _hash(tensor) for name, tensor in tensors.items()}
+    return {name: source_hash(tensor) for name, tensor in tensors.items()}
 
 
-def _hash(tensor: Tensor) -> str:
+def source_hash(tensor: Tensor) -> str:
+    """sha256 of one tensor's shape and of its values rounded to bfloat16."""
     digest = hashlib.sha256(str(list(tensor.shape)).encode())
     values = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     digest.update(values.view(torch.int16).numpy().data)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.errors import ActionError
+from omega_qvla.bundle.manifest import is_bundle
+from omega_qvla.bundle.reader import load_bundle
+from omega_qvla.errors import ActionError, BundleError
 from omega_qvla.pack.apply import ApplyReport, Missing, apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.base import Policy, check_actions
@@ -41,16 +43,22 @@ class Engine:
         act_bits: int | None = None,
         missing: Missing = "fallback",
     ) -> Self:
-        """Load a checkpoint directory and, if given, put its pack in place.
+        """Load a bundle, or a checkpoint directory and, if given, put its pack in place.
 
         The pack is read and proved before the (larger) checkpoint is touched. `act_bits` and
         `missing` are those of `apply_pack`.
 
         Raises:
+            BundleError: a file of the bundle is missing, truncated or altered; or a bundle and
+                a pack are given.
             CheckpointError: the checkpoint is incomplete or of no known family.
             PackError: the pack is damaged or of another checkpoint.
             BackendError: `backend` cannot run the pack here.
         """
+        if is_bundle(checkpoint):
+            if pack is not None:
+                raise BundleError(f"{os.fspath(checkpoint)} is a bundle, which holds its pack")
+            return cls(*load_bundle(checkpoint, backend, device, dtype))
         read = None if pack is None else read_pack(pack)
         policy = load_policy(checkpoint, device=device, dtype=dtype)
         if read is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.errors import NumericsError
+from omega_qvla.errors import NumericsError, StepError
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.policies.groot_n15.blocks import KeyValue
 from omega_qvla.policies.groot_n15.config import ActionHeadConfig
@@ -71,6 +71,7 @@ class ActionHead(nn.Module):
         self.vl_self_attention = (
             VLSelfAttention(config.vl_self_attention) if config.use_vlln else None
         )
+        self.baked: StepConditioning | None = None
         self.position_embedding = (
             nn.Embedding(config.max_seq_len, width) if config.add_pos_embed else None
         )
@@ -118,8 +119,24 @@ class ActionHead(nn.Module):
         return torch.tensor([int(s / float(num_steps) * scale) for s in range(num_steps)])
 
     def conditioning(self, buckets: Tensor) -> StepConditioning:
-        """Time conditioning of the buckets int64 [N]; depends on the weights alone."""
+        """Time conditioning of the buckets int64 [N]; depends on the weights alone.
+
+        Raises:
+            StepError: it is baked (stored, its layers left out), for other buckets.
+        """
+        if self.baked is not None:
+            return self._baked_conditioning(self.baked, buckets)
         return self.model.conditioning(buckets, self.dtype)
+
+    @staticmethod
+    def _baked_conditioning(baked: StepConditioning, buckets: Tensor) -> StepConditioning:
+        if not torch.equal(buckets, baked.buckets):
+            raise StepError(
+                f"this policy was baked for {len(baked.buckets)} denoising steps and was asked "
+                f"for {len(buckets)} times, not those; bundle it anew with other --bake-steps, "
+                "or none"
+            )
+        return baked
 
     def step_conditioning(self, num_steps: int) -> StepConditioning:
         """Time conditioning of all steps of a trajectory at once; `.at(s)` is one step's."""

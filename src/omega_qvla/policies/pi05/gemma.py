@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from omega_qvla.modules.int8 import Int8Embedding
 from omega_qvla.policies.attention import attend
 from omega_qvla.policies.pi05.config import GemmaConfig
 
@@ -204,7 +205,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        self.embed_tokens: nn.Embedding | Int8Embedding = nn.Embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(PrefixLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from omega_qvla.errors import ConfigError, NumericsError, ObservationError
+from omega_qvla.errors import ConfigError, NumericsError, ObservationError, StepError
+from omega_qvla.modules.int8 import Int8Embedding
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.dtypes import full_precision
@@ -70,6 +71,26 @@ class StepConditioning:
         )
 
 
+@dataclass(frozen=True)
+class BakedConditioning:
+    """The modulations of one fixed time grid, in place of the layers that compute them.
+
+    time: float32 [T], on the CPU.
+    """
+
+    time: Tensor
+    conditioning: StepConditioning
+
+    def at(self, time: Tensor) -> StepConditioning:
+        """The conditioning, if `time` is its grid. Raises StepError."""
+        if not torch.equal(time.cpu(), self.time):
+            raise StepError(
+                f"this policy was baked for {len(self.time)} denoising steps and was asked for "
+                f"{len(time)} times, not those; bundle it anew with other --bake-steps, or none"
+            )
+        return self.conditioning
+
+
 class _VisionTower(nn.Module):
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -121,6 +142,7 @@ class Pi05Model(nn.Module):
         self.action_out_proj = nn.Linear(width, config.action_dim)
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
+        self.baked: BakedConditioning | None = None
 
     @property
     def vision(self) -> SiglipVisionModel:
@@ -139,8 +161,9 @@ class Pi05Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of the residual streams: that of the embedding, which is never quantized."""
-        return self.language_model.embed_tokens.weight.dtype
+        """dtype of the residual streams: that of the embeddings."""
+        table = self.language_model.embed_tokens
+        return table.output_dtype if isinstance(table, Int8Embedding) else table.weight.dtype
 
     def unused_linears(self) -> tuple[str, ...]:
         """Names of the linear layers that inference never runs.
@@ -252,7 +275,13 @@ class Pi05Model(nn.Module):
         return silu(self.time_mlp_out(silu(self.time_mlp_in(x))))
 
     def conditioning(self, time: Tensor) -> StepConditioning:
-        """All modulations for flow times `time` [T]: every step of a grid, or one per sample."""
+        """All modulations for flow times `time` [T]: every step of a grid, or one per sample.
+
+        Raises:
+            StepError: the modulations are baked (stored, their layers left out), of other times.
+        """
+        if self.baked is not None:
+            return self.baked.at(time)
         with full_precision(self.time_mlp_in.weight.device):
             return StepConditioning(self.expert.modulations(self.time_embedding(time)))
 
