@@ -1,4 +1,4 @@
-"""Checkpoints as openpi, LeRobot and Isaac-GR00T write them: what agrees, what differs, what not."""
+"""Checkpoints as openpi, LeRobot and Isaac-GR00T write them: what agrees and what does not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_several_or_no_assets_are_named(tmp_path: Path) -> None:
     other.parent.mkdir()
     first = path / "assets/our/robot/norm_stats.json"
     other.write_text(first.read_text())
-    with pytest.raises(CheckpointError, match="other, our/robot.*asset_id"):
+    with pytest.raises(CheckpointError, match=r"other, our/robot.*asset_id"):
         load_policy(path)
     load_policy(path, settings={"asset_id": "other"})
     other.unlink()
@@ -143,7 +143,7 @@ def test_isaac_embodiments(tmp_path: Path) -> None:
     file = path / "experiment_cfg/metadata.json"
     data = json.loads(file.read_text())
     file.write_text(json.dumps({**data, "gr1": data["our_arm"]}))
-    with pytest.raises(CheckpointError, match="our_arm, gr1.*embodiment_tag"):
+    with pytest.raises(CheckpointError, match=r"our_arm, gr1.*embodiment_tag"):
         load_policy(path)
     load_policy(path, settings={"embodiment_tag": "our_arm", "embodiment_id": 0})
     file.write_text(json.dumps({"our_arm": {"modalities": data["our_arm"]["modalities"]}}))
