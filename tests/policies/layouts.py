@@ -144,7 +144,7 @@ def write_lerobot_pi05(
             "num_inference_steps": config.num_inference_steps,
             "min_period": 4e-3,
             "max_period": 4.0,
-            "image_resolution": [IMAGE_SIZE, IMAGE_SIZE],
+            "image_resolution": [config.vision.image_size] * 2,
             "tokenizer_max_length": config.max_token_len,
             "dtype": "float32",
             "empty_cameras": 1,
