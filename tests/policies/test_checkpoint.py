@@ -161,8 +161,9 @@ def test_broken_and_missing_files_are_named(policy: Policy, tmp_path: Path) -> N
     whole = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     for file, content in whole.items():
         file.unlink()
-        with pytest.raises(CheckpointError, match=file.name):
-            load_policy(path)
+        if file.name != "processor.json":  # without it, the layout says how to process
+            with pytest.raises(CheckpointError, match=file.name):
+                load_policy(path)
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(CheckpointError, match=file.name):
             load_policy(path)

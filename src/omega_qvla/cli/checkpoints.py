@@ -7,23 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from omega_qvla.bundle.manifest import is_bundle, read_bundle
 from omega_qvla.bundle.reader import outline
 from omega_qvla.errors import CheckpointError
 from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.checkpoint import detect_layout, tensor_files
-from omega_qvla.policies.files import read_json
-from omega_qvla.policies.groot_n15.config import GrootConfig
-from omega_qvla.policies.groot_n15.model import GrootModel
-from omega_qvla.policies.groot_n15.policy import GrootPolicy
-from omega_qvla.policies.groot_n15.processor import GrootProcessor
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.pi05.model import Pi05Model
 from omega_qvla.policies.pi05.policy import Pi05Policy
-from omega_qvla.policies.pi05.processor import Pi05Processor
-from omega_qvla.policies.registry import CONFIG
+from omega_qvla.policies.registry import read_outline
 
 #: Family -> how people call it.
 FAMILIES: Mapping[str, str] = {"pi05": "π0.5 (openpi)", "groot_n15": "GR00T N1.5 (Isaac-GR00T)"}
@@ -89,22 +80,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if is_bundle(path):
         return _open_bundle(path)
-    family = family_of(path)
-    config = read_json(path / CONFIG)
-    policy: Policy
-    if family == "pi05":
-        pi05 = Pi05Config.from_dict(config)
-        with torch.device("meta"):
-            pi05_model = Pi05Model(pi05)
-        policy = Pi05Policy(pi05_model, Pi05Processor.load(path, pi05))
-        image_size = pi05.vision.image_size
+    found = read_outline(path)
+    policy = found.blank
+    if isinstance(policy, Pi05Policy):
+        image_size = policy.model.config.vision.image_size
     else:
-        groot = GrootConfig.from_dict(config)
-        with torch.device("meta"):
-            groot_model = GrootModel(groot)
-        policy = GrootPolicy(groot_model, GrootProcessor.load(path, groot))
-        image_size = groot.eagle.vision.image_size
-    files = set(tensor_files(path).values())
+        image_size = policy.model.config.eagle.vision.image_size
+    files = set(found.files.values())
     return Checkpoint(path, policy, image_size, sum(file.stat().st_size for file in files))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,9 @@ class Layout:
     stored_tied: whether writing uses the file's name (as `safetensors.save_model` does).
     unused: regex of tensors in the file that inference never reads.
     wide: regex of tensors that stay float32 when a narrower dtype is asked for.
+    renamed: (regex, replacement) of names that older files have.
+    prefix: what a wrapper's file puts before every name (LeRobot's policies hold the network
+        as an attribute); `detect_layout` sets it.
     """
 
     family: str
@@ -36,6 +39,19 @@ class Layout:
     stored_tied: bool
     unused: str
     wide: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+
+    def network_name(self, stored: str) -> str:
+        """The name in the network of a tensor in the file (which may be unknown there)."""
+        name = stored.removeprefix(self.prefix)
+        for pattern, replacement in self.renamed:
+            name = re.sub(pattern, replacement, name)
+        return self.tied.get(name, name)
+
+    def is_unused(self, stored: str) -> bool:
+        """Whether a tensor of the file belongs to the original but never takes part."""
+        return re.search(self.unused, stored.removeprefix(self.prefix)) is not None
 
 
 _LANGUAGE = "backbone.eagle_model.language_model"
@@ -43,7 +59,7 @@ _LANGUAGE = "backbone.eagle_model.language_model"
 PI05 = Layout(
     family="pi05",
     signature=(
-        r"^time_mlp_in\.weight$",
+        r"^(action_)?time_mlp_in\.weight$",
         r"^paligemma_with_expert\.gemma_expert\..*\.dense\.weight$",
     ),
     tied={
@@ -52,12 +68,17 @@ PI05 = Layout(
         )
     },
     stored_tied=True,
-    unused=r"^paligemma_with_expert\.gemma_expert\.lm_head\.weight$",
+    # The expert's head; and what LeRobot's loader drops from files that were made from pi0's.
+    unused=(
+        r"^paligemma_with_expert\.gemma_expert\.(lm_head"
+        r"|model\.(layers\.\d+\.(input|post_attention)_layernorm|norm))\.weight$|^state_proj\."
+    ),
     # openpi's run-time mix (gemma_pytorch.py, to_bfloat16_for_selected_params).
     wide=(
         r"^(?!paligemma_with_expert\.)|patch_embedding|position_embedding|input_layernorm"
         r"|post_attention_layernorm|model\.norm"
     ),
+    renamed=((r"^action_time_mlp_", "time_mlp_"),),
 )
 GROOT = Layout(
     family="groot_n15",
@@ -67,6 +88,21 @@ GROOT = Layout(
     unused=r"^backbone\.eagle_model\.vision_model\.vision_model\.head\.",
 )
 LAYOUTS = (PI05, GROOT)
+
+#: None (openpi, Isaac-GR00T), LeRobot's pi05, LeRobot's groot.
+PREFIXES = ("", "model.", "_groot_model.")
+
+#: Other networks that people may take for these: regex of a tensor -> what it is.
+_STRANGERS = (
+    (r"action_time_mlp_in", "pi0, whose head is another network than pi0.5's"),
+    (
+        r"action_head\.model\.transformer_blocks\.|backbone\.(qwen|model\.)|vl_layernorm",
+        "a GR00T of another release than N1.5 (N1.6 and N1.7 have another backbone)",
+    ),
+)
+
+#: Dtypes that weights come in; integers and 8-bit floats are somebody's quantized file.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -93,15 +129,17 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 def detect_layout(names: Mapping[str, Path], path: Path) -> Layout:
     """The family whose tensors these are. Raises CheckpointError."""
-    for layout in LAYOUTS:
-        if all(any(re.search(s, name) for name in names) for s in layout.signature):
-            return layout
-    hint = ""
-    if any("action_time_mlp_in" in name for name in names):
-        hint = ". It looks like pi0, whose head is another network"
+    for prefix in PREFIXES:
+        bare = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        for layout in LAYOUTS:
+            if all(any(re.search(s, name) for name in bare) for s in layout.signature):
+                return replace(layout, prefix=prefix)
+    known = (what for pattern, what in _STRANGERS if any(re.search(pattern, n) for n in names))
+    hint = next((f". It looks like {what}" for what in known), "")
     raise CheckpointError(
-        f"{path} holds neither a pi0.5 (openpi layout) nor a GR00T N1.5 (Isaac layout) policy; "
-        f"its tensors are called {', '.join(sorted(names)[:3])}, ...{hint}"
+        f"{path} holds neither a pi0.5 (openpi or LeRobot layout) nor a GR00T N1.5 (Isaac-GR00T "
+        f"or LeRobot layout) policy; its tensors are called {', '.join(sorted(names)[:3])}, "
+        f"...{hint}"
     )
 
 
@@ -120,7 +158,8 @@ def read_weights(
         device, dtype: where and as what; `layout.wide` tensors stay float32 at least.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, of a wrong shape, or tied and unequal.
+        CheckpointError: tensors are missing, unknown, of a wrong shape or dtype, or tied and
+            unequal.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources = _resolve_names(files, layout, wanted)
@@ -130,7 +169,13 @@ def read_weights(
             for stored, name in sources.items():
                 if files[stored] != file:
                     continue
-                shape = tuple(handle.get_slice(stored).get_shape())
+                view = handle.get_slice(stored)
+                if view.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{stored} is stored as {view.get_dtype()}: a quantized file? Give the "
+                        f"original weights ({', '.join(_DTYPES)})"
+                    )
+                shape = tuple(view.get_shape())
                 if shape != wanted[name]:
                     raise CheckpointError(
                         f"{stored} has shape {list(shape)}, config.json asks for "
@@ -156,10 +201,10 @@ def _resolve_names(
     """Stored name -> name in the network."""
     sources, unknown = {}, []
     for stored in files:
-        name = layout.tied.get(stored, stored)
+        name = layout.network_name(stored)
         if name in wanted:
             sources[stored] = name
-        elif not re.search(layout.unused, stored):
+        elif not layout.is_unused(stored):
             unknown.append(stored)
     missing = sorted(set(wanted) - set(sources.values()))
     faults = [f"missing {_some(missing)}"] if missing else []

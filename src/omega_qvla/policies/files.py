@@ -55,7 +55,8 @@ def options(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     unknown = sorted(set(values) - {f.name for f in fields})
     if unknown:
         raise CheckpointError(f"{where}: unknown key {', '.join(unknown)}")
-    required = [f for f in fields if f.default is dataclasses.MISSING]
+    unset = dataclasses.MISSING
+    required = [f for f in fields if f.default is unset and f.default_factory is unset]
     missing = [f.name for f in required if f.name not in values]
     if missing:
         raise CheckpointError(f"{where}: missing {', '.join(missing)}")

@@ -88,6 +88,38 @@ def resize_with_pad(image: Tensor, size: int) -> Tensor:
     return canvas
 
 
+def lerobot_resize(image: Tensor, size: int, border: float) -> Tensor:
+    """LeRobot's fit of uint8 [h, w, 3] for pi0.5: float32 [3, size, size] in [-1, 1].
+
+    Bilinear without antialiasing, not rounded (pi05/modeling_pi05.py, resize_with_pad_torch);
+    `border` is what the padding is in the end.
+    """
+    height, width = image.shape[:2]
+    planes = image.movedim(-1, 0).float().div(255)
+    if (height, width) == (size, size):
+        return planes.mul_(2).sub_(1)
+    ratio = max(height / size, width / size)
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    resized = functional.interpolate(planes[None], (new_height, new_width), mode="bilinear")[0]
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    canvas = torch.full((3, size, size), border)
+    canvas[:, top : top + new_height, left : left + new_width] = resized.mul(2).sub_(1)
+    return canvas
+
+
+def squash_bicubic(image: Tensor, size: int) -> Tensor:
+    """The Eagle processor's one tile of uint8 [h, w, 3]: uint8 [size, size, 3].
+
+    Antialiased bicubic, the aspect ratio given up, rounded. LeRobot's groot leaves resizing to
+    it; Isaac-GR00T crops and resizes before.
+    """
+    if tuple(image.shape[:2]) == (size, size):
+        return image
+    planes = image.movedim(-1, 0)[None].float()
+    resized = functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    return resized[0].movedim(0, -1).round().clamp(0, 255).to(torch.uint8)
+
+
 def crop_and_resize(image: Tensor, size: int, crop: float | None) -> Tensor:
     """GR00T's evaluation transform of uint8 [h, w, 3]: uint8 [size, size, 3].
 

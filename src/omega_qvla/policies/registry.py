@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,59 +16,108 @@ from omega_qvla.errors import CheckpointError
 from omega_qvla.policies import checkpoint
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.files import read_json, write_json
-from omega_qvla.policies.groot_n15.config import GrootConfig
 from omega_qvla.policies.groot_n15.model import GrootModel
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
-from omega_qvla.policies.groot_n15.processor import GrootProcessor
-from omega_qvla.policies.pi05.config import Pi05Config
+from omega_qvla.policies.groot_n15.sources import read_groot
+from omega_qvla.policies.hub import locate
 from omega_qvla.policies.pi05.model import Pi05Model
 from omega_qvla.policies.pi05.policy import Pi05Policy
-from omega_qvla.policies.pi05.processor import Pi05Processor
+from omega_qvla.policies.pi05.sources import read_pi05
 
 CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A checkpoint without its weights.
+
+    folder: where it is; layout: whose, with the prefix of its names; files: tensor -> file.
+    blank: the policy with every tensor on torch's `meta` device.
+    """
+
+    folder: Path
+    layout: checkpoint.Layout
+    files: Mapping[str, Path]
+    blank: Pi05Policy | GrootPolicy
+
+
+def read_outline(
+    path: str | os.PathLike[str],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
+) -> Outline:
+    """Find a checkpoint and read everything but its weights; see `load_policy`."""
+    folder = locate(path, revision=revision, offline=offline, cache=cache)
+    files = checkpoint.tensor_files(folder)
+    layout = checkpoint.detect_layout(files, folder)
+    config = read_json(folder / CONFIG)
+    vocabulary = None if tokenizer is None else Path(tokenizer)
+    if layout.family == "pi05":
+        pi05, processor = read_pi05(folder, config, settings, vocabulary)
+        with torch.device("meta"):
+            model = Pi05Model(pi05)
+        return Outline(folder, layout, files, Pi05Policy(model, processor))
+    groot, groot_processor = read_groot(
+        folder, config, settings, vocabulary, offline=offline, cache=cache
+    )
+    with torch.device("meta"):
+        groot_model = GrootModel(groot)
+    return Outline(folder, layout, files, GrootPolicy(groot_model, groot_processor))
 
 
 def load_policy(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
 ) -> Pi05Policy | GrootPolicy:
     """Load a checkpoint; its tensors, not its config, tell the family.
 
+    Four layouts are read: openpi's PyTorch and LeRobot's `pi05` (pi0.5), Isaac-GR00T's and
+    LeRobot's `groot` (GR00T N1.5). Where `processor.json` lies beside, it says how observations
+    and actions are processed; otherwise the layout's own files and rules do.
+
     Args:
-        path: a directory in openpi's (pi0.5) or Isaac-GR00T's (N1.5) layout, with
-            `processor.json` and `tokenizer.json` beside.
+        path: the checkpoint's directory, or `owner/name` on the Hugging Face Hub.
         device: where the network goes.
         dtype: float32, or a 16-bit type (pi0.5 then keeps norms, time and action
             projections in float32, as openpi does).
+        settings: what the checkpoint does not say or says otherwise, such as `cameras`: fields
+            of `Pi05Options` or `GrootOptions`.
+        tokenizer: file or directory, for the layouts that come without.
+        revision: branch, tag or commit on the Hub.
+        offline: take what the Hub's cache has, do not ask the network.
+        cache: the Hub's cache, if it is not where `huggingface_hub` has it.
 
     Raises:
         CheckpointError: a file is missing or broken, or tensors are missing or unknown.
         ConfigError: config.json asks for something that is not implemented.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a directory: give the checkpoint's directory")
-    if (folder / "bundle.json").is_file():
+    if (Path(path) / "bundle.json").is_file():
         raise CheckpointError(
-            f"{folder} is a bundle, which is quantized already; give the original checkpoint"
+            f"{path} is a bundle, which is quantized already; give the original checkpoint"
         )
-    files = checkpoint.tensor_files(folder)
-    layout = checkpoint.detect_layout(files, folder)
-    config, target = read_json(folder / CONFIG), torch.device(device)
-    if layout.family == "pi05":
-        pi05 = Pi05Config.from_dict(config)
-        processor = Pi05Processor.load(folder, pi05)
-        with torch.device("meta"):
-            model = Pi05Model(pi05)
-        checkpoint.read_weights(files, layout, model, target, dtype)
-        return Pi05Policy(model.eval().requires_grad_(False), processor)
-    groot = GrootConfig.from_dict(config)
-    groot_processor = GrootProcessor.load(folder, groot)
-    with torch.device("meta"):
-        groot_model = GrootModel(groot)
-    checkpoint.read_weights(files, layout, groot_model, target, dtype)
-    return GrootPolicy(groot_model.eval().requires_grad_(False), groot_processor)
+    outline = read_outline(
+        path,
+        settings=settings,
+        tokenizer=tokenizer,
+        revision=revision,
+        offline=offline,
+        cache=cache,
+    )
+    model = outline.blank.module
+    checkpoint.read_weights(outline.files, outline.layout, model, torch.device(device), dtype)
+    model.eval().requires_grad_(False)
+    return outline.blank
 
 
 def save_policy(

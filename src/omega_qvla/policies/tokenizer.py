@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Regex, Tokenizer
@@ -17,6 +18,9 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Split
 
 from omega_qvla.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from omega_qvla.policies.tokenizer_files import TextTokenizer
 
 STATE_BINS = 256
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -120,7 +124,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
 
 
-def special_id(tokenizer: Tokenizer, token: str) -> int:
+def special_id(tokenizer: TextTokenizer | Tokenizer, token: str) -> int:
     """The id of a special token. Raises CheckpointError where the vocabulary lacks it."""
     number: int | None = tokenizer.token_to_id(token)
     if number is None:

@@ -10,25 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from omega_qvla.errors import CheckpointError, ObservationError
 from omega_qvla.policies import images as image_ops
-from omega_qvla.policies.files import options, read_json, write_atomically, write_json
+from omega_qvla.policies.files import options, read_json, write_json
 from omega_qvla.policies.groot_n15.config import GrootConfig
+from omega_qvla.policies.normalization import AffineNorm
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.statistics import MinMaxNorm, Stats, pad_last
 from omega_qvla.policies.tokenizer import (
     GROOT_IMAGE,
     GROOT_PAD,
     groot_prompt,
-    load_tokenizer,
     special_id,
 )
+from omega_qvla.policies.tokenizer_files import TextTokenizer, read_tokenizer, save_tokenizer
 
 #: modality (`state`, `action`) -> key -> statistics, as in `experiment_cfg/metadata.json`.
 ModalityStats = Mapping[str, Mapping[str, Stats]]
+
+DIALECTS = ("isaac", "lerobot")
+#: What LeRobot says for an empty instruction (0.4.4, processor_groot.py).
+DEFAULT_PROMPT = "Perform the task."
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class GrootOptions:
     embodiment_tag: key of the metadata; embodiment_id: row of the per-embodiment weights.
     resize: crop (centre, `crop` of each edge) and resize images of any size; otherwise they
     must have the model's size and are not cropped.
+    modes: `state.<key>` or `action.<key>` -> normalization, where it is not min_max (see
+    `normalization.ISAAC_MODES`; the checkpoint does not say, its data configuration does).
+    dialect: whose rules hold, `isaac` or `lerobot` (0.4.4: images of any size are squashed to the
+    model's, an empty instruction becomes `DEFAULT_PROMPT`).
     """
 
     cameras: tuple[str, ...]
@@ -49,6 +57,16 @@ class GrootOptions:
     embodiment_id: int = 0
     resize: bool = False
     crop: float | None = None
+    modes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dialect: str = "isaac"
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            raise CheckpointError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECTS)}")
+        known = {f"state.{key}" for key in self.state_keys}
+        unknown = sorted(set(self.modes) - known - {f"action.{key}" for key in self.action_keys})
+        if unknown:
+            raise CheckpointError(f"modes: there is no {', '.join(unknown)}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +100,11 @@ class GrootProcessor:
     """Tokenizer, statistics and image rules of one checkpoint; all on the CPU."""
 
     def __init__(
-        self, config: GrootOptions, model: GrootConfig, tokenizer: Tokenizer, stats: ModalityStats
+        self,
+        config: GrootOptions,
+        model: GrootConfig,
+        tokenizer: TextTokenizer,
+        stats: ModalityStats,
     ) -> None:
         """Raises CheckpointError where the parts do not fit each other."""
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -96,7 +118,7 @@ class GrootProcessor:
     def create(
         cls,
         model: GrootConfig,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         state: Stats,
         actions: Stats,
         cameras: Sequence[str] = ("base", "wrist"),
@@ -106,7 +128,7 @@ class GrootProcessor:
         stats = {"state": {"state": state}, "action": {"action": actions}}
         return cls(GrootOptions(tuple(cameras), **settings), model, tokenizer, stats)
 
-    def _norm(self, modality: str, keys: Sequence[str]) -> MinMaxNorm:
+    def _norm(self, modality: str, keys: Sequence[str]) -> MinMaxNorm | AffineNorm:
         known = self.stats.get(modality, {})
         missing = [key for key in keys if key not in known]
         if missing or not keys:
@@ -114,6 +136,13 @@ class GrootProcessor:
                 f"metadata.json lacks statistics of {modality} {', '.join(missing) or 'keys'}; "
                 f"it has {', '.join(known) or 'none'}"
             )
+        modes = [self.config.modes.get(f"{modality}.{key}", "min_max") for key in keys]
+        if set(modes) != {"min_max"}:
+            parts = [
+                AffineNorm.isaac(known[key], mode, f"metadata {modality}.{key}")
+                for key, mode in zip(keys, modes, strict=True)
+            ]
+            return AffineNorm.concatenate(parts)
         return MinMaxNorm(Stats.concatenate([known[key] for key in keys]), f"metadata {modality}")
 
     def _check(self) -> None:
@@ -173,7 +202,8 @@ class GrootProcessor:
         ids: dict[str, list[int]] = {}
         for prompt in prompts:
             if prompt not in ids:
-                text = groot_prompt(prompt, len(self.cameras), tokens)
+                said = prompt or DEFAULT_PROMPT if self.config.dialect == "lerobot" else prompt
+                text = groot_prompt(said, len(self.cameras), tokens)
                 ids[prompt] = self.tokenizer.encode(text, add_special_tokens=False).ids
         length = max(map(len, ids.values()))
         rows = {p: [self._pad] * (length - len(row)) + row for p, row in ids.items()}
@@ -184,6 +214,8 @@ class GrootProcessor:
         """One camera's images, float32 [B, 3, size, size] in [-1, 1]. Raises ObservationError."""
         size, crop = self.model.eagle.vision.image_size, self.config.crop
         stacked = image_ops.stack_images(observations, camera, None if self.config.resize else size)
+        if isinstance(stacked, list) and self.config.dialect == "lerobot":
+            stacked = torch.stack([image_ops.squash_bicubic(i, size) for i in stacked])
         if isinstance(stacked, list):
             stacked = torch.stack([image_ops.crop_and_resize(i, size, crop) for i in stacked])
         return image_ops.to_float(stacked)
@@ -204,7 +236,7 @@ class GrootProcessor:
         )
 
     def save(self, path: Path) -> None:
-        """Write processor.json, tokenizer.json and the metadata into a checkpoint."""
+        """Write processor.json, the tokenizer and the metadata into a checkpoint."""
         size, tag = self.model.eagle.vision.image_size, self.config.embodiment_tag
         statistics = {
             modality: {key: stats.to_dict() for key, stats in keys.items()}
@@ -218,7 +250,7 @@ class GrootProcessor:
         video = {camera: {"resolution": [size, size], "channels": 3} for camera in self.cameras}
         metadata = {"statistics": statistics, "modalities": {"video": video, **shapes}}
         write_json(_metadata_path(path), {tag: {**metadata, "embodiment_tag": tag}})
-        write_atomically(path / "tokenizer.json", lambda p: self.tokenizer.save(str(p)))
+        save_tokenizer(self.tokenizer, path)
         settings = dataclasses.asdict(self.config)
         write_json(path / "processor.json", {"family": "groot_n15", **settings})
 
@@ -226,19 +258,33 @@ class GrootProcessor:
     def load(cls, path: Path, model: GrootConfig) -> GrootProcessor:
         """Read what `save` writes. Raises CheckpointError."""
         config = options(GrootOptions, read_json(path / "processor.json"), "processor.json")
-        file = _metadata_path(path)
-        metadata, tag = read_json(file), config.embodiment_tag
-        if tag not in metadata:
-            raise CheckpointError(f"{file} has no embodiment {tag!r}; it has {', '.join(metadata)}")
-        statistics = metadata[tag].get("statistics", {})
-        stats = {
-            modality: {
-                key: Stats.from_dict(values, f"{file} {modality}.{key}")
-                for key, values in statistics.get(modality, {}).items()
-            }
-            for modality in ("state", "action")
+        stats = metadata_stats(path, read_metadata(path, config.embodiment_tag))
+        return cls(config, model, read_tokenizer(path), stats)
+
+
+def read_metadata(path: Path, tag: str) -> dict[str, Any]:
+    """The metadata of one embodiment. Raises CheckpointError naming the file."""
+    file = _metadata_path(path)
+    metadata = read_json(file)
+    if not isinstance(metadata.get(tag), dict):
+        raise CheckpointError(
+            f"{file} has no embodiment {tag!r}; it has {', '.join(metadata) or 'none'}: say which "
+            "one the robot is (`embodiment_tag`)"
+        )
+    entry: dict[str, Any] = metadata[tag]
+    return entry
+
+
+def metadata_stats(path: Path, entry: Mapping[str, Any]) -> dict[str, dict[str, Stats]]:
+    """`state` and `action` -> key -> statistics. Raises CheckpointError on broken ones."""
+    statistics = entry.get("statistics", {})
+    return {
+        modality: {
+            key: Stats.from_dict(values, f"{_metadata_path(path)} {modality}.{key}")
+            for key, values in statistics.get(modality, {}).items()
         }
-        return cls(config, model, load_tokenizer(path / "tokenizer.json"), stats)
+        for modality in ("state", "action")
+    }
 
 
 def _metadata_path(path: Path) -> Path:

@@ -99,7 +99,8 @@ class Pi05Config:
     """Everything that fixes the network; defaults are those of the published checkpoints.
 
     `max_token_len` counts language tokens; `image_slots` are the cameras in prefix order;
-    `precision` is the dtype of the tensors in the checkpoint file.
+    `precision` is the dtype of the tensors in the checkpoint file; `time_grid` says how the flow
+    times are computed: `accumulated` in float32 as openpi does, or `exact` as LeRobot does.
     """
 
     vision: SiglipConfig
@@ -112,6 +113,7 @@ class Pi05Config:
     num_inference_steps: int = 10
     image_slots: tuple[str, ...] = IMAGE_SLOTS
     precision: str = "float32"
+    time_grid: str = "accumulated"
 
     def __post_init__(self) -> None:
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -130,6 +132,8 @@ class Pi05Config:
             raise ConfigError(f"image_slots must be distinct names, got {self.image_slots}")
         if self.precision not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"unknown precision {self.precision!r}")
+        if self.time_grid not in ("accumulated", "exact"):
+            raise ConfigError(f"unknown time_grid {self.time_grid!r}: accumulated or exact")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
@@ -151,6 +155,7 @@ class Pi05Config:
                 num_inference_steps=rest.pop("num_inference_steps", 10),
                 image_slots=tuple(rest.pop("image_slots", IMAGE_SLOTS)),
                 precision=rest.pop("precision", "float32"),
+                time_grid=rest.pop("time_grid", "accumulated"),
             )
         except KeyError as error:
             raise ConfigError(f"config.json lacks {error}") from None
@@ -173,5 +178,6 @@ class Pi05Config:
             "max_token_len": (self.max_token_len, 200),
             "num_inference_steps": (self.num_inference_steps, 10),
             "image_slots": (list(self.image_slots), list(IMAGE_SLOTS)),
+            "time_grid": (self.time_grid, "accumulated"),
         }
         return data | {k: value for k, (value, default) in optional.items() if value != default}

@@ -252,10 +252,14 @@ class Pi05Model(nn.Module):
 
         The reference adds dt = -1/n to t in float32 over and over; the last digits that this
         loses matter (1e-7 in t, times 2 pi / 0.004, is 1e-4 in the velocity), so it is
-        repeated here exactly.
+        repeated here exactly. LeRobot computes 1 - s / n in double precision and rounds once
+        (`config.time_grid` is then `exact`).
         """
         if num_steps < 1:
             raise ConfigError(f"num_steps must be positive, got {num_steps}")
+        if self.config.time_grid == "exact":
+            exact = [1.0 + s * (-1.0 / num_steps) for s in range(num_steps)]
+            return torch.tensor(exact, dtype=torch.float32)
         dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
         times = [torch.tensor(1.0, dtype=torch.float32)]
         while len(times) < num_steps:

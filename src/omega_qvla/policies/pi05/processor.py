@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from omega_qvla.errors import CheckpointError, ObservationError
 from omega_qvla.policies import images as image_ops
-from omega_qvla.policies.files import options, read_json, write_atomically, write_json
+from omega_qvla.policies.files import options, read_json, write_json
+from omega_qvla.policies.normalization import AffineNorm
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.pi05.config import Pi05Config
-from omega_qvla.policies.statistics import QuantileNorm, Stats, pad_last
-from omega_qvla.policies.tokenizer import load_tokenizer, pi05_prompt, special_id, state_bins
+from omega_qvla.policies.statistics import FIELDS, QuantileNorm, Stats, pad_last
+from omega_qvla.policies.tokenizer import pi05_prompt, special_id, state_bins
+from omega_qvla.policies.tokenizer_files import TextTokenizer, read_tokenizer, save_tokenizer
 
+DIALECTS = ("openpi", "lerobot")
 STATS_FIELDS = ("mean", "std", "q01", "q99")
 
 
@@ -32,6 +34,12 @@ class Pi05Options:
     discrete_state_input: whether the state is written into the prompt.
     resize: fit images of any size into the model's; otherwise they must have it.
     asset_id: directory of `norm_stats.json` under `assets/`.
+    dialect: whose rules hold, `openpi` or `lerobot` (0.4.4). The rest is LeRobot's alone:
+    prompt_state_dim: the state is padded with zeros to this length before it is discretised.
+    border: value of the network's input where resizing pads; LeRobot fills -1 before it maps
+    [0, 1] to [-1, 1], which gives -3.
+    state_mode, action_mode: normalization, see `normalization.LEROBOT_MODES`.
+    epsilon: of the normalizer step.
     """
 
     cameras: Mapping[str, str | None]
@@ -40,6 +48,21 @@ class Pi05Options:
     discrete_state_input: bool = True
     resize: bool = False
     asset_id: str = "demo"
+    dialect: str = "openpi"
+    prompt_state_dim: int | None = None
+    border: float = -1.0
+    state_mode: str = "quantiles"
+    action_mode: str = "quantiles"
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            raise CheckpointError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECTS)}")
+        padded = self.prompt_state_dim
+        if padded is not None and padded < self.state_dim:
+            raise CheckpointError(
+                f"{self.state_dim} state channels do not fit a prompt of {padded}"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class Pi05Processor:
         self,
         config: Pi05Options,
         model: Pi05Config,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         stats: Mapping[str, Stats],
     ) -> None:
         """`stats` has the keys `state` and `actions`. Raises CheckpointError on a misfit."""
@@ -80,8 +103,8 @@ class Pi05Processor:
         missing = {"state", "actions"} - set(stats)
         if missing:
             raise CheckpointError(f"norm_stats.json lacks {', '.join(sorted(missing))}")
-        self.state_norm = QuantileNorm(stats["state"], "norm_stats state")
-        self.action_norm = QuantileNorm(stats["actions"], "norm_stats actions")
+        self.state_norm = self._norm("state", config.state_mode, config.state_dim)
+        self.action_norm = self._norm("actions", config.action_mode, config.action_dim)
         self._bos = special_id(tokenizer, "<bos>")
         self._check()
 
@@ -89,7 +112,7 @@ class Pi05Processor:
     def create(
         cls,
         model: Pi05Config,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         state: Stats,
         actions: Stats,
         cameras: Sequence[str] = ("base", "wrist"),
@@ -102,6 +125,12 @@ class Pi05Processor:
         action_dim = len(actions.take("actions", "q01")[0])
         config = Pi05Options(slots, state_dim, action_dim, **settings)
         return cls(config, model, tokenizer, {"state": state, "actions": actions})
+
+    def _norm(self, name: str, mode: str, width: int) -> QuantileNorm | AffineNorm:
+        where, stats = f"norm_stats {name}", self.stats[name]
+        if self.config.dialect == "lerobot":
+            return AffineNorm.lerobot(stats, mode, where, width, self.config.epsilon)
+        return QuantileNorm(stats, where)
 
     def _check(self) -> None:
         config, model = self.config, self.model
@@ -119,10 +148,11 @@ class Pi05Processor:
             raise CheckpointError(
                 f"{config.action_dim} action channels do not fit the model's {model.action_dim}"
             )
-        if self.tokenizer.get_vocab_size() > model.vocab_size:
+        # Added tokens may lie beyond: PaliGemma's `<image>` does, and no prompt has it.
+        tokens = self.tokenizer.get_vocab_size(with_added_tokens=False)
+        if tokens > model.vocab_size:
             raise CheckpointError(
-                f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model "
-                f"{model.vocab_size}"
+                f"the tokenizer has {tokens} tokens, the model {model.vocab_size}"
             )
 
     @property
@@ -154,13 +184,13 @@ class Pi05Processor:
         """
         bins: list[list[int] | None] = [None] * len(prompts)
         if self.config.discrete_state_input:
-            bins = list(state_bins(self.state_norm.normalize(states)).tolist())
+            bins = list(state_bins(self._prompt_state(states)).tolist())
         texts = [pi05_prompt(text, b) for text, b in zip(prompts, bins, strict=True)]
         length = self.model.max_token_len
         tokens = torch.zeros((len(texts), length), dtype=torch.int64)
         mask = torch.zeros((len(texts), length), dtype=torch.bool)
         for row, text in enumerate(texts):
-            ids = [self._bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+            ids = [self._bos, *self._encode(text, whole=bins[row] is not None)]
             if len(ids) > length:
                 raise ObservationError(
                     f"prompt {prompts[row]!r} takes {len(ids)} tokens, the model reads {length}: "
@@ -170,10 +200,34 @@ class Pi05Processor:
             mask[row, : len(ids)] = True
         return tokens, mask
 
+    def _prompt_state(self, states: np.ndarray) -> np.ndarray:
+        """Normalized states [B, state_dim], padded with zeros (bin 128) as LeRobot does."""
+        normed = self.state_norm.normalize(states)
+        width = self.config.prompt_state_dim
+        return normed if width is None else pad_last(normed, width)
+
+    def _encode(self, text: str, whole: bool) -> list[int]:
+        """Ids of a prompt. Without a state openpi encodes the final newline by itself.
+
+        Raises:
+            ObservationError: the text has a token that the model does not know.
+        """
+        parts = [text] if whole else [text.removesuffix("\n"), "\n"]
+        encoded = [self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
+        ids = [token for part in encoded for token in part]
+        if max(ids, default=0) >= self.model.vocab_size:
+            raise ObservationError(
+                f"prompt {text!r} has a token beyond the model's {self.model.vocab_size}"
+            )
+        return ids
+
     def camera_images(self, observations: Sequence[Observation], camera: str) -> Tensor:
         """One camera's images, float32 [B, 3, size, size] in [-1, 1]. Raises ObservationError."""
         size = self.model.vision.image_size
         stacked = image_ops.stack_images(observations, camera, None if self.config.resize else size)
+        if isinstance(stacked, list) and self.config.dialect == "lerobot":
+            border = self.config.border
+            return torch.stack([image_ops.lerobot_resize(i, size, border) for i in stacked])
         if isinstance(stacked, list):
             stacked = torch.stack([image_ops.resize_with_pad(image, size) for image in stacked])
         return image_ops.to_float(stacked)
@@ -196,22 +250,27 @@ class Pi05Processor:
         return Pi05Inputs(tuple(images), tuple(masks), tokens, mask)
 
     def save(self, path: Path) -> None:
-        """Write processor.json, tokenizer.json and the statistics into a checkpoint."""
-        stats = {name: stats.to_dict(STATS_FIELDS) for name, stats in self.stats.items()}
+        """Write processor.json, the tokenizer and the statistics into a checkpoint."""
+        fields = STATS_FIELDS if self.config.dialect == "openpi" else FIELDS
+        stats = {name: stats.to_dict(fields) for name, stats in self.stats.items()}
         write_json(_stats_path(path, self.config.asset_id), {"norm_stats": stats})
-        write_atomically(path / "tokenizer.json", lambda p: self.tokenizer.save(str(p)))
+        save_tokenizer(self.tokenizer, path)
         write_json(path / "processor.json", {"family": "pi05", **dataclasses.asdict(self.config)})
 
     @classmethod
     def load(cls, path: Path, model: Pi05Config) -> Pi05Processor:
         """Read what `save` writes. Raises CheckpointError."""
         config = options(Pi05Options, read_json(path / "processor.json"), "processor.json")
-        file = _stats_path(path, config.asset_id)
-        stats = {
-            name: Stats.from_dict(values, f"{file} {name}")
-            for name, values in read_json(file).get("norm_stats", {}).items()
-        }
-        return cls(config, model, load_tokenizer(path / "tokenizer.json"), stats)
+        return cls(config, model, read_tokenizer(path), read_norm_stats(path, config.asset_id))
+
+
+def read_norm_stats(path: Path, asset_id: str) -> dict[str, Stats]:
+    """openpi's statistics: `state` and `actions`. Raises CheckpointError naming the file."""
+    file = _stats_path(path, asset_id)
+    listed = read_json(file).get("norm_stats")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{file} has no norm_stats")
+    return {name: Stats.from_dict(values, f"{file} {name}") for name, values in listed.items()}
 
 
 def _stats_path(path: Path, asset_id: str) -> Path:
