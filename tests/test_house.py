@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 BUILD_WING = {"calibration", "quantize", "quantize_module"}
 RUN_WING = {"runtime", "envs", "serving", "evaluation"}
 # Imported inside the functions that need them, never when a module is loaded.
-LAZY = {"mujoco", "metaworld", "gymnasium", "matplotlib", "triton", "ray", "scipy"}
+LAZY = {"mujoco", "metaworld", "gymnasium", "matplotlib", "triton", "ray", "scipy", "pyarrow", "av"}
 HEAVY = {*LAZY, "torch", "numpy", "tokenizers", "safetensors"}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from omega_qvla.calibration import (
     ObservationSet,
     SampleMeta,
+    part,
+    pick,
     read_observations,
     select_samples,
     split,
@@ -141,3 +144,29 @@ def test_split_shares_no_episode() -> None:
         split(make_set({"alone": [9]}))
     with pytest.raises(CalibrationError, match="fraction"):
         split(samples, 1.0)
+
+
+def test_larger_sets_contain_smaller_ones_and_the_seed_chooses_among_tasks() -> None:
+    samples = make_set({f"task {i:02}": [6, 5] for i in range(12)})
+    sets = [set(pick(samples.meta, n, seed=4)) for n in (3, 10, 50, 132)]
+    assert all(small < large for small, large in pairwise(sets))
+    first = {samples.meta[i].task for seed in range(8) for i in pick(samples.meta, 2, seed)}
+    assert len(first) > 6  # not always the first two in the alphabet
+
+
+def test_picking_among_some() -> None:
+    samples = make_set({"push": [20, 20], "pull": [20]})
+    kept, held = part(samples.meta, 0.5)
+    assert set(pick(samples.meta, 9, 1, held)) < set(held)
+    assert set(pick(samples.meta, 9, 1, kept)) < set(kept)
+    with pytest.raises(CalibrationError, match=f"choose {len(held) + 1} "):
+        pick(samples.meta, len(held) + 1, 1, held)
+
+
+def test_tasks_of_one_episode_are_split_together() -> None:
+    samples = make_set({f"task {i}": [3] for i in range(5)})
+    kept, held = split(samples, 0.2)
+    assert (len({m.task for m in kept.meta}), len({m.task for m in held.meta})) == (4, 1)
+    kept, held = split(make_set({"alone": [9], "push": [3, 3]}), 0.5)
+    assert {m.task for m in held.meta} == {"push"}
+    assert {m.task for m in kept.meta} == {"alone", "push"}

@@ -156,62 +156,99 @@ def _pack(samples: ObservationSet) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def select_samples(
     samples: ObservationSet, n: int = DEFAULT_SAMPLES, seed: int = 0
 ) -> ObservationSet:
-    """Choose `n` observations, balanced over tasks, then episodes, then time.
-
-    Every task gets its share (to within one), every episode of a task likewise, and within an
-    episode the picks are spread over its length with a seeded offset. The result is ordered
-    by task, episode and step, so equal arguments give equal sets.
+    """Choose `n` observations, balanced over tasks, then episodes, then time; see `pick`.
 
     Raises:
         CalibrationError: fewer than `n` observations, or n < 1.
     """
-    if not 1 <= n <= len(samples):
-        raise CalibrationError(f"cannot choose {n} observations out of {len(samples)}")
+    return samples.take(pick(samples.meta, n, seed))
+
+
+def pick(
+    meta: Sequence[SampleMeta],
+    n: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    among: Sequence[int] | None = None,
+) -> list[int]:
+    """Indices of `n` steps of `meta`, looking at their origins alone.
+
+    Every task gets its share (to within one), every episode of a task likewise, and within an
+    episode the picks are spread over its length with a seeded offset. Where there are more
+    tasks than picks, the seed chooses among the tasks. The result is ordered by task, episode
+    and step, so equal arguments give equal sets, and a larger `n` contains a smaller one.
+
+    Args:
+        among: choose from these indices only (default: all).
+
+    Raises:
+        CalibrationError: fewer than `n` steps, or n < 1.
+    """
+    chosen = range(len(meta)) if among is None else among
+    if not 1 <= n <= len(chosen):
+        raise CalibrationError(f"cannot choose {n} observations out of {len(chosen)}")
     rng = np.random.default_rng(seed)
-    tasks = [_interleave(_picking_orders(episodes, rng)) for episodes in _by_task(samples)]
-    chosen = _interleave(tasks)[:n]
-    return samples.take(_in_order(samples, chosen))
+    tasks = [
+        _interleave(_picking_orders(list(episodes.values()), rng))
+        for episodes in _by_task(meta, chosen).values()
+    ]
+    # A stream of its own: with a share for every task, the order of tasks decides nothing.
+    order = np.random.default_rng([seed, len(tasks)]).permutation(len(tasks))
+    return _in_order(meta, _interleave([tasks[task] for task in order])[:n])
 
 
 def split(
     samples: ObservationSet, held_out: float = 0.5, seed: int = 0
 ) -> tuple[ObservationSet, ObservationSet]:
-    """Part a set into (calibration, held-out) that share no episode.
+    """Part a set into (calibration, held-out) that share no episode; see `part`."""
+    kept, held = part(samples.meta, held_out, seed)
+    return samples.take(kept), samples.take(held)
+
+
+def part(
+    meta: Sequence[SampleMeta], held_out: float = 0.5, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    """Indices of `meta` for (calibration, held-out), which share no episode.
 
     Of every task, the fraction `held_out` of its episodes (at least one, never all) is held
-    out, chosen by `seed`.
+    out, chosen by `seed`. Tasks with a single episode are treated as one task together; if
+    there is only one such task beside others, its episode is for calibration.
 
     Raises:
-        CalibrationError: a task has a single episode, or the fraction is not in (0, 1).
+        CalibrationError: there is a single episode, or the fraction is not in (0, 1).
     """
     if not 0 < held_out < 1:
         raise CalibrationError(f"the held-out fraction must lie in (0, 1), not {held_out}")
     rng = np.random.default_rng(seed)
+    tasks = {task: list(found.values()) for task, found in _by_task(meta, range(len(meta))).items()}
+    groups = [episodes for episodes in tasks.values() if len(episodes) > 1]
+    single = [episodes[0] for episodes in tasks.values() if len(episodes) == 1]
+    if len(single) == 1 and not groups:
+        (task,) = tasks
+        raise CalibrationError(
+            f"task {task!r} has one episode; splitting needs two or more (or none held out)"
+        )
+    if single:
+        groups.append(single)
     parts: tuple[list[int], list[int]] = ([], [])
-    for episodes in _by_task(samples):
-        if len(episodes) < 2:
-            task = samples.meta[episodes[0][0]].task
-            raise CalibrationError(f"task {task!r} has one episode; splitting needs two or more")
+    for episodes in groups:
         count = min(max(round(held_out * len(episodes)), 1), len(episodes) - 1)
         for rank, episode in enumerate(rng.permutation(len(episodes))):
             parts[rank < count].extend(episodes[episode])
-    kept, held = (samples.take(_in_order(samples, part)) for part in parts)
-    return kept, held
+    return _in_order(meta, parts[0]), _in_order(meta, parts[1])
 
 
-def _by_task(samples: ObservationSet) -> list[list[list[int]]]:
+def _by_task(meta: Sequence[SampleMeta], indices: Iterable[int]) -> dict[str, dict[int, list[int]]]:
     """Task -> episode -> indices by step; tasks and episodes in sorted order."""
     tasks: dict[str, dict[int, list[int]]] = {}
-    for index in _in_order(samples, range(len(samples))):
-        meta = samples.meta[index]
-        tasks.setdefault(meta.task, {}).setdefault(meta.episode, []).append(index)
-    return [list(episodes.values()) for episodes in tasks.values()]
+    for index in _in_order(meta, indices):
+        tasks.setdefault(meta[index].task, {}).setdefault(meta[index].episode, []).append(index)
+    return tasks
 
 
-def _in_order(samples: ObservationSet, indices: Iterable[int]) -> list[int]:
+def _in_order(meta: Sequence[SampleMeta], indices: Iterable[int]) -> list[int]:
     def key(index: int) -> tuple[str, int, int, int]:
-        meta = samples.meta[index]
-        return meta.task, meta.episode, meta.step, index
+        origin = meta[index]
+        return origin.task, origin.episode, origin.step, index
 
     return sorted(indices, key=key)
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import size
-from omega_qvla.cli.parsing import SIDES, add_calibration, add_checkpoint, add_device
+from omega_qvla.cli.parsing import (
+    DRIFT_SAMPLES,
+    SIDES,
+    TOKEN_CAPS,
+    add_calibration,
+    add_checkpoint,
+    add_device,
+    at_least,
+    counts,
+)
 from omega_qvla.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,28 +31,57 @@ Run the checkpoint on a few observations and keep what its layers saw: for every
 the second moments of its inputs, and for every denoising step a sample of them.
 
 The file can serve several builds (`quantize --calibration FILE`). Observations come from
-a file, or from scripted experts that act in the simulator.
+recordings (a file, a folder, a LeRobot dataset), or from scripted experts that act in the
+simulator.
+
+With --sweep, no file is written: the checkpoint is quantized once for each number of
+observations, and the drift of the actions on held-out episodes is shown for each.
 """
 EXAMPLES = """\
   omega-qvla calibrate assets/pi05-metaworld --env metaworld --num-samples 48 \\
       --save-observations observations.safetensors --out calibration.safetensors
   omega-qvla calibrate CHECKPOINT --observations observations.safetensors \\
       --recipe omega --recipe omega-paper --out calibration.safetensors
+  omega-qvla calibrate CHECKPOINT --dataset DATASET --camera base=observation.images.ego_view \\
+      --state-key observation.state=22:29,29:35 --out calibration.safetensors
+  omega-qvla calibrate CHECKPOINT --dataset DATASET --sweep 10,50,100
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_checkpoint(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--out", type=Path, help="the file to write")
     parser.add_argument(
         "--recipe",
         action="append",
         metavar="NAME|FILE",
         help="whose layers to observe; may be repeated (default: omega)",
     )
+    add_sweep(parser)
     add_device(parser)
     add_calibration(parser)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """--sweep and how its drift is measured."""
+    group = parser.add_argument_group("sweep")
+    group.add_argument(
+        "--sweep",
+        type=counts,
+        metavar="N,N,...",
+        help="quantize with each of these numbers of observations and show the drift",
+    )
+    group.add_argument(
+        "--drift-samples",
+        type=at_least(1),
+        default=DRIFT_SAMPLES,
+        metavar="N",
+        help=f"held-out observations that drift is measured on (default: {DRIFT_SAMPLES})",
+    )
+    group.add_argument(
+        "--backend", default="auto", help="what runs the quantized layers (default: auto)"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -51,15 +89,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.calibration.collect import calibrate
     from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.cli.sources import given_observations
+    from omega_qvla.cli.sweep import run_sweep
     from omega_qvla.config.presets import resolve_recipe
     from omega_qvla.policies.registry import load_policy
 
+    if bool(args.out) == bool(args.sweep):
+        raise ConfigError("give either --out FILE or --sweep N,N,...: a sweep keeps no calibration")
     recipes = [resolve_recipe(name) for name in args.recipe or ["omega"]]
     outline = open_checkpoint(args.checkpoint)
     names = layer_names(outline.policy, recipes)
-    samples = given_observations(args, outline.image_size, console)
+    if args.sweep:
+        return run_sweep(args, outline, recipes, console)
+    samples = given_observations(args, outline, console)
     if samples is None:
-        raise ConfigError("observations are needed: --observations FILE or --env metaworld")
+        raise ConfigError(
+            "observations are needed: --observations PATH, --dataset DIR or --env metaworld"
+        )
     console.note(f"loading {args.checkpoint}")
     policy = load_policy(args.checkpoint, device=args.device)
     console.note(f"observing {len(names)} layers on {len(samples)} observations")
@@ -69,7 +114,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             samples,
             names,
             num_steps=args.num_steps,
-            token_cap=args.token_cap,
+            token_cap=args.token_cap or TOKEN_CAPS[outline.family],
             seed=args.seed,
             progress=lambda done, total: tick(done, total, ""),
         )

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, rate, size
-from omega_qvla.cli.parsing import add_backend, at_least, labelled, unique
+from omega_qvla.cli.parsing import (
+    DRIFT_SAMPLES,
+    add_backend,
+    add_recordings,
+    at_least,
+    labelled,
+    unique,
+)
 from omega_qvla.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
@@ -22,8 +29,9 @@ Compare arms with a reference (the full-precision one unless told otherwise).
 From results files (`omega-qvla eval`): success with Wilson intervals, the difference of
 the paired success rates with its interval (Tango), McNemar's exact p, and the jerk of
 the executed actions relative to the reference's.
-With --checkpoint, --pack and --observations: drift, the cosine between the action
-chunks of the packs and of the checkpoint on the same observations and the same noise.
+With --checkpoint, --pack and --observations or --dataset: drift, the cosine between the
+action chunks of the packs and of the checkpoint on the same observations and the same
+noise. Of a dataset or a folder, only the episodes that calibration leaves alone are used.
 """
 EXAMPLES = """\
   omega-qvla compare results.jsonl
@@ -45,9 +53,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     drift.add_argument(
         "--pack", action="append", type=labelled, metavar="LABEL=FILE", help="may be repeated"
     )
-    drift.add_argument("--observations", type=Path, metavar="FILE", help="held-out ones")
+    add_recordings(drift)
     drift.add_argument(
-        "--num-samples", type=at_least(1), metavar="N", help="use so many of them (default: all)"
+        "--num-samples",
+        type=at_least(1),
+        metavar="N",
+        help=f"use so many of them (default: all of a file, {DRIFT_SAMPLES} of a dataset)",
     )
     drift.add_argument("--variant", default="plain", help="of the checkpoint (default: plain)")
     add_backend(parser)
@@ -104,18 +115,29 @@ def _drift(
     args: argparse.Namespace, console: Console
 ) -> tuple[dict[ArmKey, Drift], dict[ArmKey, tuple[int, int]]]:
     """Drift and sizes of every --pack."""
-    from omega_qvla.calibration.samples import read_observations, select_samples
+    from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.cli.measure import drift_seeds
+    from omega_qvla.cli.recordings import check_unseen, draw_checked, held_out_of, open_recordings
     from omega_qvla.evaluation.open_loop import chunk_drift, predict_chunks
     from omega_qvla.evaluation.records import ArmKey
     from omega_qvla.runtime.engine import Engine
 
-    if args.checkpoint is None or args.observations is None:
-        raise ConfigError("drift takes --checkpoint, --pack and --observations together")
+    if args.checkpoint is None or (args.observations is None) == (args.dataset is None):
+        raise ConfigError(
+            "drift takes --checkpoint, --pack and --observations together (or --dataset for "
+            "--observations)"
+        )
     packs = unique(args.pack, "pack")
-    samples = read_observations(args.observations)
-    if args.num_samples is not None:
-        samples = select_samples(samples, args.num_samples)
+    outline = open_checkpoint(args.checkpoint)
+    source = open_recordings(args, outline.policy)
+    assert source is not None
+    count = args.num_samples
+    if count is None and held_out_of(args):  # a dataset: all its frames could be a million
+        count = DRIFT_SAMPLES
+    samples = draw_checked(args, source, "held-out", count, outline.policy)
+    if held_out_of(args):
+        for label, pack in packs.items():
+            check_unseen(label, pack, samples)
     observations, seeds = samples.observations, drift_seeds(samples)
     console.note(f"drift on {len(samples)} observations: full precision")
     policy = Engine.load(args.checkpoint, device=args.device).policy

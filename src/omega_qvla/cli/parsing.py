@@ -10,7 +10,11 @@ from omega_qvla.errors import ConfigError
 
 SIDES = ("backbone", "action_head")
 #: As in `omega_qvla.calibration`, which would bring torch: --help is to be instant.
-SAMPLES, TOKEN_CAP = 10, 1024
+SAMPLES, HELD_OUT = 10, 0.2
+#: Held-out observations that drift is measured on, where nobody says how many.
+DRIFT_SAMPLES = 20
+#: Tokens kept per layer and denoising step in the published builds.
+TOKEN_CAPS = {"groot_n15": 1024, "pi05": 512}
 
 
 def verb_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -70,9 +74,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Where observations come from, and how many of them are used how."""
     group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--observations", type=Path, metavar="FILE", help="observations recorded before"
-    )
+    add_recordings(group)
     group.add_argument(
         "--env",
         choices=["metaworld"],
@@ -92,9 +94,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--token-cap",
         type=at_least(1),
-        default=TOKEN_CAP,
         metavar="N",
-        help=f"tokens kept per layer and denoising step (default: {TOKEN_CAP})",
+        help="tokens kept per layer and denoising step (default, as published: "
+        f"{TOKEN_CAPS['groot_n15']} for GR00T N1.5, {TOKEN_CAPS['pi05']} for pi0.5)",
     )
     group.add_argument(
         "--num-steps",
@@ -105,11 +107,62 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=at_least(0), default=0, help="of every random choice")
 
 
+def add_recordings(group: argparse._ArgumentGroup) -> None:
+    """Observations that are read: --observations, --dataset and what belongs to them."""
+    group.add_argument(
+        "--observations",
+        type=Path,
+        metavar="PATH",
+        help="a file that omega-qvla wrote, or a folder of recorded episodes",
+    )
+    group.add_argument(
+        "--dataset", type=Path, metavar="DIR", help="a LeRobot dataset (v2.0, v2.1, v3.0)"
+    )
+    group.add_argument(
+        "--camera",
+        action="append",
+        type=labelled,
+        metavar="NAME=KEY",
+        help="the policy's camera NAME is KEY of the dataset; may be repeated",
+    )
+    group.add_argument(
+        "--state-key",
+        action="append",
+        metavar="KEY[=0:7,22]",
+        help="key of the state, perhaps with columns; repeated: joined in this order "
+        "(default: observation.state)",
+    )
+    group.add_argument(
+        "--held-out",
+        type=fraction,
+        metavar="FRACTION",
+        help="share of every task's episodes that calibration leaves alone and drift is "
+        f"measured on (default: {HELD_OUT} of a dataset or folder; 0: none)",
+    )
+
+
+def fraction(text: str) -> float:
+    """An argument type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1), not {text}")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """An argument type: positive integers with commas between them, returned ascending."""
+    try:
+        values = sorted({at_least(1)(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N,N,..., got {text!r}") from None
+    return values
+
+
 def labelled(text: str) -> tuple[str, str]:
     """An argument type: LABEL=VALUE."""
     label, equals, value = text.partition("=")
     if not (label and equals and value):
-        raise argparse.ArgumentTypeError(f"expected LABEL=FILE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected LABEL=VALUE, got {text!r}")
     return label, value
 
 

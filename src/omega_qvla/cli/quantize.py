@@ -10,7 +10,7 @@ from typing import Any
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
 from omega_qvla.cli.overrides import add_overrides, override
-from omega_qvla.cli.parsing import SIDES, add_calibration, add_checkpoint, add_device
+from omega_qvla.cli.parsing import SIDES, TOKEN_CAPS, add_calibration, add_checkpoint, add_device
 from omega_qvla.cli.published import add_published, convert
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     outline = open_checkpoint(args.checkpoint)
     plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
-    if args.calibration and (args.observations or args.env):
+    if args.calibration and (args.observations or args.dataset or args.env):
         raise ConfigError("--calibration already holds its observations; give one of them")
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    samples = given_observations(args, outline.image_size, console)
+    samples = given_observations(args, outline, console)
     console.note(f"loading {args.checkpoint}")
     policy = load_policy(args.checkpoint, device=args.device)
     console.note(f"recipe {recipe.name}, {args.side}")
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             out=args.out,
             sides=sides,
             num_steps=args.num_steps,
-            token_cap=args.token_cap,
+            token_cap=args.token_cap or TOKEN_CAPS[outline.family],
             seed=args.seed,
             calibration=calibration,
             resume=not args.no_resume,

@@ -1,4 +1,4 @@
-"""Where observations come from: a file, or scripted experts in a simulator."""
+"""Where observations come from: recordings, or scripted experts in a simulator."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import argparse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omega_qvla.calibration.samples import (
     ObservationSet,
     SampleMeta,
-    read_observations,
     select_samples,
     write_observations,
 )
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.processes import process_pool
+from omega_qvla.cli.recordings import draw_checked, open_recordings
 from omega_qvla.errors import CalibrationError, ConfigError
 from omega_qvla.evaluation.plan import resolve
 from omega_qvla.policies.observation import Observation
+
+if TYPE_CHECKING:
+    from omega_qvla.cli.checkpoints import Checkpoint
 
 #: Seeds of calibration and of held-out observations; training and evaluation use others.
 CALIBRATION_SEED, HELD_OUT_SEED = 200_000, 300_000
@@ -83,43 +86,56 @@ def _collect(collector: str, task: str, seed: int, options: dict[str, Any]) -> F
 
 
 def given_observations(
-    args: argparse.Namespace, image_size: int, console: Console
+    args: argparse.Namespace, outline: Checkpoint, console: Console
 ) -> ObservationSet | None:
     """The samples that `parsing.add_calibration`'s options name; None where they name none.
 
     Raises:
         ConfigError: options that exclude or need each other.
-        CalibrationError: an unreadable file, or too few observations in it.
+        CalibrationError: something unreadable, or too few observations in it.
+        ObservationError: the observations do not fit the policy.
     """
-    if args.observations and args.env:
-        raise ConfigError("give --observations or --env, not both")
+    check_options(args)
+    if args.env:
+        samples = from_simulator(args, outline.image_size, console, args.num_samples)
+        if args.save_observations:
+            path: Path = args.save_observations
+            write_observations(path, samples.observations, samples.meta, samples.source)
+            console.note(f"{len(samples)} observations in {path}")
+        return select_samples(samples, args.num_samples, args.seed)
+    source = open_recordings(args, outline.policy)
+    if source is None:
+        return None
+    return draw_checked(args, source, "calibration", args.num_samples, outline.policy)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError where options of sources exclude or need each other."""
+    if sum(map(bool, (args.observations, args.dataset, args.env))) > 1:
+        raise ConfigError("give one of --observations, --dataset and --env, not both")
     if (args.tasks or args.save_observations) and not args.env:
         raise ConfigError("--tasks and --save-observations go with --env")
-    if args.env:
-        samples = _from_simulator(args, image_size, console)
-    elif args.observations:
-        samples = read_observations(args.observations)
-    else:
-        return None
-    if args.num_samples > len(samples):
-        raise CalibrationError(
-            f"--num-samples {args.num_samples}, but there are only {len(samples)} observations"
-        )
-    return select_samples(samples, args.num_samples, args.seed)
+    if args.env and (args.camera or args.state_key or args.held_out is not None):
+        raise ConfigError("--camera, --state-key and --held-out go with recordings, not --env")
 
 
-def _from_simulator(args: argparse.Namespace, size: int, console: Console) -> ObservationSet:
+def from_simulator(
+    args: argparse.Namespace,
+    size: int,
+    console: Console,
+    count: int,
+    first_seed: int = CALIBRATION_SEED,
+) -> ObservationSet:
+    """At least `count` observations of scripted experts, from the seeds at `first_seed`."""
     from omega_qvla.envs.metaworld import TASKS
 
     tasks = check_tasks(args.tasks or list(TASKS))
-    per_task = max(1, -(-args.num_samples // (5 * len(tasks))))
-    seeds = [CALIBRATION_SEED + i for i in range(per_task)]
+    per_task = max(1, -(-count // (5 * len(tasks))))
+    seeds = [first_seed + i for i in range(per_task)]
     console.note(f"collecting {len(tasks) * per_task} expert episodes in the simulator")
     samples = collect_episodes(tasks, seeds, console, options={"size": size})
-    if args.save_observations:
-        path: Path = args.save_observations
-        write_observations(path, samples.observations, samples.meta, samples.source)
-        console.note(f"{len(samples)} observations in {path}")
+    if count > len(samples):
+        raise CalibrationError(f"{count} observations wanted, {len(samples)} were collected")
     return samples
 
 
