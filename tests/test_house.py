@@ -43,6 +43,7 @@ BUILD_WING = {"calibration", "quantize", "quantize_module"}
 RUN_WING = {"runtime", "envs", "serving", "evaluation"}
 # Imported inside the functions that need them, never when a module is loaded.
 LAZY = {"mujoco", "metaworld", "gymnasium", "matplotlib", "triton", "ray", "scipy", "pyarrow", "av"}
+LAZY |= {"libero", "robosuite"}
 HEAVY = {*LAZY, "torch", "numpy", "tokenizers", "safetensors"}
 
 
