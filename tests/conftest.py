@@ -15,6 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="directory of recorded conformance cases (NAME.json + NAME.safetensors); may be "
         "given several times; default: the small cases in tests/data/conformance",
     )
+    parser.addoption(
+        "--libero-assets",
+        default=None,
+        metavar="DIR",
+        help="LIBERO's assets for the tests marked `libero`; default: where hf-libero puts them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,10 @@ from omega_qvla.evaluation.records import Arm, Episode, Protocol
 
 #: Simulators by name; anything else is given as "module:function".
 ENVIRONMENTS: Mapping[str, str] = MappingProxyType(
-    {"metaworld": "omega_qvla.envs.metaworld:MetaWorldEnv"}
+    {
+        "metaworld": "omega_qvla.envs.metaworld:MetaWorldEnv",
+        "libero": "omega_qvla.envs.libero:LiberoEnv",
+    }
 )
 
 
