@@ -37,7 +37,7 @@ from omega_qvla.config.recipe import (
     WeightScheme,
 )
 from omega_qvla.evaluation.environment import environment
-from omega_qvla.evaluation.open_loop import chunk_drift, predict_chunks
+from omega_qvla.evaluation.open_loop import chunk_cosines, chunk_drift, predict_chunks
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.policies.outliers import add_outliers
 from omega_qvla.policies.registry import load_policy
@@ -109,13 +109,6 @@ def variants() -> dict[str, Recipe]:
 Row = dict[str, Any]
 
 
-def cosines(reference: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-    """[n, horizon, dim] twice -> [n], cosine of the flattened chunks."""
-    a, b = reference.reshape(len(reference), -1), chunks.reshape(len(chunks), -1)
-    product: np.ndarray = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return product
-
-
 def measure(
     checkpoint: Path,
     outliers: float | None,
@@ -162,7 +155,7 @@ def measure(
             "layer_bytes": sizes.layer_bytes,
             "layer_bytes_16bit": sizes.layer_bytes_16bit,
             **dataclasses.asdict(drift),
-            "cosine_p1": float(np.quantile(cosines(reference, chunks), 0.01)),
+            "cosine_p1": float(np.quantile(chunk_cosines(reference, chunks), 0.01)),
         }
 
 

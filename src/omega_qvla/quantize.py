@@ -27,10 +27,10 @@ from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.smoothing import weight_profile
 from omega_qvla.numerics.stats import LayerStats
-from omega_qvla.pack.manifest import SIDES, Manifest, source_digest
+from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
 from omega_qvla.pack.writer import write_pack
-from omega_qvla.policies.base import Policy
+from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.registry import source_hashes
 from omega_qvla.policies.targets import select_targets
 

@@ -28,9 +28,9 @@ from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.pack.foreign import FAMILY, Attached, attach, module_hashes
-from omega_qvla.pack.manifest import SIDES, Manifest, source_digest
+from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.writer import write_pack
-from omega_qvla.policies.base import PROTECTED
+from omega_qvla.policies.base import PROTECTED, SIDES
 from omega_qvla.policies.foreign import StepCounter, find_linear
 from omega_qvla.quantize import DEFAULT_MEMORY, software
 

@@ -12,6 +12,7 @@ from omega_qvla.bundle.reader import outline
 from omega_qvla.errors import CheckpointError
 from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.checkpoint import detect_layout, tensor_files
+from omega_qvla.policies.groot_n15.policy import GrootPolicy
 from omega_qvla.policies.pi05.config import Pi05Config
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.registry import read_outline
@@ -81,18 +82,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if is_bundle(path):
         return _open_bundle(path)
     found = read_outline(path)
-    policy = found.blank
-    if isinstance(policy, Pi05Policy):
-        image_size = policy.model.config.vision.image_size
-    else:
-        image_size = policy.model.config.eagle.vision.image_size
     files = set(found.files.values())
-    return Checkpoint(path, policy, image_size, sum(file.stat().st_size for file in files))
+    size = sum(file.stat().st_size for file in files)
+    return Checkpoint(path, found.blank, _image_size(found.blank), size)
 
 
 def _open_bundle(path: Path) -> Checkpoint:
     manifest = read_bundle(path, verify=False)
     policy = outline(path, manifest)
+    return Checkpoint(path, policy, _image_size(policy), manifest.total_bytes)
+
+
+def _image_size(policy: Pi05Policy | GrootPolicy) -> int:
     model = policy.model.config
     vision = model.vision if isinstance(model, Pi05Config) else model.eagle.vision
-    return Checkpoint(path, policy, vision.image_size, manifest.total_bytes)
+    return vision.image_size

@@ -107,11 +107,7 @@ def chunk_drift(reference: np.ndarray, chunks: np.ndarray) -> Drift:
     out = np.asarray(chunks, np.float64)
     if ref.shape != out.shape or ref.ndim != 3 or ref.size == 0:
         raise EvaluationError(f"cannot compare chunks of shapes {ref.shape} and {out.shape}")
-    flat_ref, flat_out = ref.reshape(len(ref), -1), out.reshape(len(out), -1)
-    norms = np.linalg.norm(flat_ref, axis=1) * np.linalg.norm(flat_out, axis=1)
-    dots = np.sum(flat_ref * flat_out, axis=1)
-    equal = np.all(flat_ref == flat_out, axis=1).astype(np.float64)
-    cosine = np.clip(np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), equal), -1, 1)
+    cosine = chunk_cosines(ref, out)
     channels = tuple(
         _ratio(error, energy)
         for error, energy in zip(
@@ -127,6 +123,20 @@ def chunk_drift(reference: np.ndarray, chunks: np.ndarray) -> Drift:
         worst_channel=int(np.argmax(channels)),
         relative_error=float(np.sqrt(_ratio(np.sum((out - ref) ** 2), np.sum(ref**2)))),
     )
+
+
+def chunk_cosines(reference: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+    """Cosine of each flattened chunk [n, horizon, action_dim] with the reference's, float64 [n].
+
+    1 where both are zero, 0 where only one of them is.
+    """
+    ref = np.asarray(reference, np.float64).reshape(len(reference), -1)
+    out = np.asarray(chunks, np.float64).reshape(len(chunks), -1)
+    norms = np.linalg.norm(ref, axis=1) * np.linalg.norm(out, axis=1)
+    equal = np.all(ref == out, axis=1).astype(np.float64)
+    ratio = np.sum(ref * out, axis=1) / np.where(norms > 0, norms, 1.0)
+    cosine: np.ndarray = np.clip(np.where(norms > 0, ratio, equal), -1, 1)
+    return cosine
 
 
 def _ratio(error: float, energy: float) -> float:

@@ -10,10 +10,10 @@ from omega_qvla.config import Scheme, SideRecipe
 from omega_qvla.errors import PackError
 from omega_qvla.modules.linear import QuantLinear, replace_linears
 from omega_qvla.pack.activation_bits import with_activation_bits
-from omega_qvla.pack.manifest import SIDES, Manifest
+from omega_qvla.pack.manifest import Manifest
 from omega_qvla.pack.merge import differing_tensors
 from omega_qvla.pack.reader import Pack, read_pack
-from omega_qvla.policies.base import Policy
+from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.registry import source_hashes
 from omega_qvla.policies.targets import select_targets
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from omega_qvla.config import Recipe, Scheme, SideRecipe
 from omega_qvla.errors import PackError, RecipeError
+from omega_qvla.policies.base import SIDES
 
 FORMAT_VERSION = 1
-SIDES = ("backbone", "action_head")
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:

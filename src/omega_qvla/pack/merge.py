@@ -10,9 +10,10 @@ from typing import Any
 
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.manifest import SIDES, Manifest
+from omega_qvla.pack.manifest import Manifest
 from omega_qvla.pack.reader import Pack, read_pack
 from omega_qvla.pack.writer import write_pack
+from omega_qvla.policies.base import SIDES
 
 _MUST_AGREE = ("format_version", "family", "config", "num_steps", "software")
 
