@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 _POSITION_UNIT, _ROTATION_UNIT = 0.05, 0.5
 #: The controller closes this share of its distance in one control step or so: command more.
 _GAIN = 2.0
-_OPEN, _CLOSE = -1.0, 1.0
+#: (open, close) as the last entry of an action, by the protocol's convention.
+_GRIPPER = {"libero": (-1.0, 1.0), "open-01": (1.0, 0.0)}
 #: Metres.
-_HOVER, _CLEARANCE, _REACHED, _LOST = 0.06, 0.03, 0.012, 0.03
+_HOVER, _CLEARANCE, _REACHED, _CENTRED, _LOST = 0.06, 0.03, 0.012, 0.018, 0.05
 #: Control steps.
 _CLOSING, _RELEASING, _PATIENCE = 10, 25, 60
 
@@ -63,62 +64,64 @@ class PickAndPlace:
 
     def act(self) -> np.ndarray:
         """The next action float64 [7], from the simulator's state."""
-        target, gripper = getattr(self, f"_{self._phase}")()
+        target, closed = getattr(self, f"_{self._phase}")()
         self._waited += 1
         action = np.zeros(7)
         action[:3] = _GAIN * (target - self._hand()) / _POSITION_UNIT
         action[3:6] = _GAIN * self._turn() / _ROTATION_UNIT
-        action[6] = gripper
+        action[6] = _GRIPPER[self._env.protocol.gripper][closed]
         clipped: np.ndarray = np.clip(action, -1.0, 1.0)
         return clipped
 
-    # Phases: each returns (where the grip point is to go, gripper), and may start the next.
+    # Phases: each returns (where the grip point is to go, fingers closed), and may start the next.
 
-    def _approach(self) -> tuple[np.ndarray, float]:
+    def _approach(self) -> tuple[np.ndarray, bool]:
         """Go above the grasp: first up, where the way there is long."""
         above = self._grasp.point + [0.0, 0.0, self._height - self._grasp.point[2]]
         if self._near(above, 2 * _REACHED) and np.linalg.norm(self._turn()) < 0.15:
             self._enter("descend")
-        return above, _OPEN
+        return above, False
 
-    def _descend(self) -> tuple[np.ndarray, float]:
+    def _descend(self) -> tuple[np.ndarray, bool]:
         if self._near(self._grasp.point, _REACHED) or self._waited > _PATIENCE:
             self._enter("close")
-        return self._grasp.point, _OPEN
+        return self._grasp.point, False
 
-    def _close(self) -> tuple[np.ndarray, float]:
+    def _close(self) -> tuple[np.ndarray, bool]:
         if self._waited >= _CLOSING:
             self._held = self._position() - self._hand()
             self._enter("lift")
-        return self._grasp.point, _CLOSE
+        return self._grasp.point, True
 
-    def _lift(self) -> tuple[np.ndarray, float]:
+    def _lift(self) -> tuple[np.ndarray, bool]:
         """Straight up, until the object clears what it is carried over."""
         up = np.append(self._grasp.point[:2], self._carry_height())
         if self._hand()[2] > up[2] - 2 * _REACHED or self._waited > _PATIENCE:
             self._enter("carry")
-        return up, _CLOSE
+        return up, True
 
-    def _carry(self) -> tuple[np.ndarray, float]:
-        goal = np.append(self._goal()[:2] - self._held[:2], self._carry_height())
+    def _carry(self) -> tuple[np.ndarray, bool]:
+        """Bring the object, not the hand, over its place: it may have slipped a little."""
+        away = self._goal()[:2] - self._position()[:2]
         if np.linalg.norm(self._position() - self._hand() - self._held) > _LOST:
             self._retry()
-        elif np.linalg.norm(self._hand()[:2] - goal[:2]) < _REACHED:
+        elif np.linalg.norm(away) < _CENTRED or self._waited > _PATIENCE:
             self._enter("lower")
-        return goal, _CLOSE
+        return np.append(self._hand()[:2] + away, self._carry_height()), True
 
-    def _lower(self) -> tuple[np.ndarray, float]:
-        goal = np.append(self._goal()[:2] - self._held[:2], self._release_height())
-        if self._hand()[2] < goal[2] + _REACHED or self._waited > _PATIENCE:
+    def _lower(self) -> tuple[np.ndarray, bool]:
+        away = self._goal()[:2] - self._position()[:2]
+        height = self._release_height()
+        if self._hand()[2] < height + _REACHED or self._waited > _PATIENCE:
             self._enter("release")
-        return goal, _CLOSE
+        return np.append(self._hand()[:2] + away, height), True
 
-    def _release(self) -> tuple[np.ndarray, float]:
+    def _release(self) -> tuple[np.ndarray, bool]:
         """Open, and if that was no success, begin anew."""
         target = self._hand() + [0.0, 0.0, 0.01 if self._waited > 5 else 0.0]
         if self._waited > _RELEASING:
             self._retry()
-        return target, _OPEN
+        return target, False
 
     def _enter(self, phase: str) -> None:
         self._phase, self._waited = phase, 0
