@@ -137,7 +137,12 @@ class Policy(Protocol):
         ...
 
     def infer(
-        self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
+        self,
+        observation: Observation,
+        *,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """One chunk, float32 [H, action_dim] in raw units. Raises ActionError if not finite."""
         ...
@@ -210,7 +215,12 @@ class PolicyBase(ABC):
 
     @torch.no_grad()
     def infer(
-        self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
+        self,
+        observation: Observation,
+        *,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """One action chunk for one observation.
 
@@ -218,6 +228,7 @@ class PolicyBase(ABC):
             observation: raw images, state and instruction.
             seed: of the noise, where `noise` is not given.
             noise: [H, A] or [1, H, A].
+            num_steps: denoising steps; None: the policy's own.
 
         Returns:
             float32 [H, action_dim], raw units.
@@ -231,7 +242,7 @@ class PolicyBase(ABC):
         if noise is None:
             noise = self.draw_noise(1, seed)
         noise = noise.reshape(1, self.action_horizon, self.model_action_dim).to(self.device)
-        actions: np.ndarray = self.finish(self.sample(prefix, noise), inputs)[0]
+        actions: np.ndarray = self.finish(self.sample(prefix, noise, num_steps), inputs)[0]
         check_actions(actions)
         return actions
 
