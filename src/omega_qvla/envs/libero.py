@@ -19,10 +19,10 @@ from omega_qvla.envs.libero_files import (
     language,
     libero_root,
     split_task,
-    versions,
 )
 from omega_qvla.envs.libero_pictures import LazyPictures
 from omega_qvla.envs.libero_protocol import LiberoProtocol, libero_protocol
+from omega_qvla.envs.libero_scenes import Scenes
 from omega_qvla.errors import EnvError
 from omega_qvla.policies.observation import Observation
 
@@ -64,7 +64,8 @@ class LiberoEnv:
     says. `reset(seed)` plays initial state `protocol.offset + seed`.
 
     States and pictures are, bit for bit, those of LIBERO's own `OffScreenRenderEnv`, newly
-    made, seeded with the protocol's seed and reset once; whatever was played before.
+    made, seeded with the protocol's seed and then reset once per trial up to this one (or once:
+    the protocol's `scene`); whatever was played before, and without playing what comes before.
     """
 
     action_dim = ACTION_DIM
@@ -109,7 +110,7 @@ class LiberoEnv:
             )
         self._pictures = LazyPictures(self._env.env, self.protocol.rendering)
         self._pictures.check_cameras(self._cameras.values())
-        self._initializers = len(self._env.env.object_property_initializers)
+        self._scenes = Scenes(self._env)
         self._raw: Mapping[str, np.ndarray] = {}
         self._steps = 0
 
@@ -125,7 +126,8 @@ class LiberoEnv:
         """What the results of an environment with these options depend on, JSON-ready.
 
         No simulator is made. Keys: protocol (in full), assets ("original" or "substitutes"),
-        cameras, versions. `states` is left out: conversion changes no bit.
+        cameras. `states` is left out: conversion changes no bit. Versions are recorded by the
+        evaluation.
 
         Raises:
             EnvError, ConfigError: as the constructor does.
@@ -135,7 +137,6 @@ class LiberoEnv:
             "protocol": libero_protocol(protocol).to_dict(),
             "assets": "substitutes" if has_substitutes(folder) else "original",
             "cameras": dict(cameras),
-            "versions": versions(),
         }
 
     @property
@@ -173,12 +174,9 @@ class LiberoEnv:
                 f"{self.task} has {len(self._states)} initial states; seed {seed} with offset "
                 f"{self.protocol.offset} is none of them"
             )
-        # LIBERO appends the scene's samplers of joints again at every reset, and would draw
-        # from all of them: where fixtures stand would depend on the number of resets.
-        del self._env.env.object_property_initializers[self._initializers :]
         self._pictures.make_current()
         with _numpy_seed(self.protocol.seed):
-            self._env.reset()
+            self._scenes.reset(seed if self.protocol.scene == "trial" else 0)
         self._raw = self._env.set_init_state(self._states[index])
         for _ in range(self.protocol.settle_steps):
             self._raw, _, _, _ = self._env.step(np.array(NO_OP))

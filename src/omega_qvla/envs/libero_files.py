@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -22,8 +21,6 @@ from omega_qvla.errors import EnvError
 
 #: Written by whoever replaced assets: one path per line, relative to the assets.
 SUBSTITUTES = "substitutes.txt"
-#: LIBERO, the simulators below it, and the parser of its task definitions.
-_PACKAGES = ("hf-libero", "robosuite", "mujoco", "bddl", "numpy", "torch")
 _ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "turbosquid_objects")
 
 
@@ -63,17 +60,6 @@ def find_assets(given: str | Path | None = None) -> Path:
 def has_substitutes(assets: Path) -> bool:
     """Whether files of these assets are not LIBERO's own, so that pictures differ."""
     return (assets / SUBSTITUTES).is_file() or (assets.parent / SUBSTITUTES).is_file()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what moves LIBERO's results, read without importing any of it."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def _around(target: Shape, others: list[Shape]) -> Iterator[Grasp]:
         width = float(high[0] - low[0])
         if width <= _OPENING:
             point = np.append((low + high) / 2 @ axes, z)
-            # A turned wrist is slower and nearer to the joints' ends: an inch of width per turn.
+            # Of two that are as wide the one that turns the wrist less.
             turn = 0.01 * abs(np.sin(yaw - np.pi / 2))
             yield Grasp(point, float(yaw), width + turn + _touched(point, yaw, others))
 

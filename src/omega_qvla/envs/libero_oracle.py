@@ -22,8 +22,9 @@ _POSITION_UNIT, _ROTATION_UNIT = 0.05, 0.5
 _GAIN = 2.0
 #: (open, close) as the last entry of an action, by the protocol's convention.
 _GRIPPER = {"libero": (-1.0, 1.0), "open-01": (1.0, 0.0)}
-#: Metres.
+#: Metres; height per metre of way; radians.
 _HOVER, _CLEARANCE, _REACHED, _CENTRED, _LOST = 0.06, 0.03, 0.012, 0.018, 0.05
+_ARC, _TURNED = 0.6, 0.15
 #: Control steps.
 _CLOSING, _RELEASING, _PATIENCE = 10, 25, 60
 
@@ -76,10 +77,13 @@ class PickAndPlace:
     # Phases: each returns (where the grip point is to go, fingers closed), and may start the next.
 
     def _approach(self) -> tuple[np.ndarray, bool]:
-        """Go above the grasp: first up, where the way there is long."""
-        above = self._grasp.point + [0.0, 0.0, self._height - self._grasp.point[2]]
-        if self._near(above, 2 * _REACHED) and np.linalg.norm(self._turn()) < 0.15:
+        """Go above the grasp, the higher the longer the way: other objects stand between."""
+        way = float(np.linalg.norm(self._grasp.point[:2] - self._hand()[:2]))
+        above = self._grasp.point + _up(_HOVER + _ARC * way)
+        if self._near(above, 2 * _REACHED) and np.linalg.norm(self._turn()) < _TURNED:
             self._enter("descend")
+        elif self._waited > 2 * _PATIENCE:
+            self._retry()
         return above, False
 
     def _descend(self) -> tuple[np.ndarray, bool]:
@@ -118,7 +122,7 @@ class PickAndPlace:
 
     def _release(self) -> tuple[np.ndarray, bool]:
         """Open, and if that was no success, begin anew."""
-        target = self._hand() + [0.0, 0.0, 0.01 if self._waited > 5 else 0.0]
+        target = self._hand() + _up(0.01 if self._waited > 5 else 0.0)
         if self._waited > _RELEASING:
             self._retry()
         return target, False
@@ -139,7 +143,6 @@ class PickAndPlace:
         self._grasp: Grasp = grasps[self._attempt % min(len(grasps), 3)]
         self._shape: Shape = shapes[self._object]
         self._place_top = self._top_of_place(shapes)
-        self._height = self._grasp.point[2] + _HOVER
         self._held = np.zeros(3)
         self._enter("approach")
 
@@ -152,12 +155,12 @@ class PickAndPlace:
         return shapes[parent].top if parent in shapes else float(self._goal()[2])
 
     def _carry_height(self) -> float:
-        below = self._grasp.point[2] - self._shape.bottom
-        return max(self._place_top + _CLEARANCE, self._shape.bottom + _HOVER) + below
+        foot = max(self._place_top + _CLEARANCE, self._shape.bottom + _HOVER)
+        return foot + float(self._grasp.point[2]) - self._shape.bottom
 
     def _release_height(self) -> float:
         """The object's foot at the place's upper edge, or just above its surface."""
-        return self._place_top + 0.005 + self._grasp.point[2] - self._shape.bottom
+        return self._place_top + 0.005 + float(self._grasp.point[2]) - self._shape.bottom
 
     def _hand(self) -> np.ndarray:
         robot = self._env.simulator.robots[0]
@@ -189,6 +192,10 @@ class PickAndPlace:
         floor = np.array([0.0, 0.0, -1.0])
         then = np.stack([wanted, np.cross(floor, wanted), floor], axis=1)
         return _rotation_vector(then @ now.T)
+
+
+def _up(height: float) -> np.ndarray:
+    return np.array([0.0, 0.0, height])
 
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:

@@ -11,10 +11,11 @@ import numpy as np
 from omega_qvla.envs.rendering import import_mujoco
 from omega_qvla.errors import EnvError
 
-
 #: Where everything is that a picture shows: all that MuJoCo reads of its data to draw a scene.
-_PLACES = ("xpos", "xquat", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
-_PLACES += ("cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+_PLACES = (
+    *("xpos", "xquat", "xmat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
+    *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
+)
 
 
 class LazyPictures:

@@ -17,6 +17,11 @@ from omega_qvla.errors import ConfigError
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"scene": ("trial", "seed"), "rendering": ("libero", "fast"), "gripper": ("libero", "open-01")}
+)
+
+
 @dataclass(frozen=True)
 class StepCaps:
     """Control steps per suite after which an episode has failed; settling not counted."""
@@ -36,8 +41,11 @@ class LiberoProtocol:
     caps:          step caps by suite.
     execute:       actions executed of each predicted chunk.
     settle_steps:  no-op actions before the policy sees anything: objects drop on the table.
-    seed:          seed of each reset. The shipped initial states hold joint positions only;
+    seed:          seed of the resets. The shipped initial states hold joint positions only;
                    where fixtures stand is drawn at the reset, so it is part of the protocol.
+    scene:         "trial": trial n has the fixtures of the n-th reset after seeding, as in a
+                   script that seeds once per task and then resets once per trial (openpi's).
+                   "seed": every trial has those of the first reset.
     trials:        episodes per task.
     offset:        the first of the task's shipped initial states that is used.
     camera_size:   edge of both rendered images in pixels.
@@ -57,6 +65,7 @@ class LiberoProtocol:
     execute: int = 5
     settle_steps: int = 10
     seed: int = 7
+    scene: Literal["trial", "seed"] = "trial"
     trials: int = 50
     offset: int = 0
     camera_size: int = 256
@@ -72,10 +81,10 @@ class LiberoProtocol:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"LiberoProtocol.{name} must be at least {low}")
-        if self.gripper not in ("libero", "open-01"):
-            raise ConfigError(f"LiberoProtocol.gripper must be libero or open-01: {self.gripper!r}")
-        if self.rendering not in ("libero", "fast"):
-            raise ConfigError(f"LiberoProtocol.rendering must be libero or fast: {self.rendering}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = " or ".join(choices)
+                raise ConfigError(f"LiberoProtocol.{name} must be {known}: {getattr(self, name)!r}")
         if min(asdict(self.caps).values()) < 1:
             raise ConfigError("LiberoProtocol.caps must be at least 1")
 
