@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omega_qvla.errors import ConfigError
 
+#: As in `omega_qvla.envs.libero_protocol`.
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 SIDES = ("backbone", "action_head")
 #: As in `omega_qvla.calibration`, which would bring torch: --help is to be instant.
 SAMPLES, HELD_OUT = 10, 0.2
@@ -77,10 +79,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add_recordings(group)
     group.add_argument(
         "--env",
-        choices=["metaworld"],
-        help="collect observations from scripted experts in this simulator",
+        choices=["metaworld", *LIBERO_SUITES],
+        metavar="NAME",
+        help="collect observations from scripted experts in this simulator: metaworld, or a "
+        "suite of LIBERO's",
     )
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="with --env (default: all)")
+    add_libero(group)
     group.add_argument(
         "--save-observations", type=Path, metavar="FILE", help="with --env: keep them here"
     )
@@ -105,6 +110,21 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="denoising steps to calibrate for (default: the checkpoint's own)",
     )
     group.add_argument("--seed", type=at_least(0), default=0, help="of every random choice")
+
+
+def add_libero(group: argparse._ArgumentGroup) -> None:
+    """How LIBERO is played, and on which assets: --protocol, --assets, --substitutes."""
+    group.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="LIBERO: openpi (default), gr00t-n1.5, omega-paper, or a YAML file of your own",
+    )
+    group.add_argument("--assets", type=Path, metavar="DIR", help="LIBERO: where its assets are")
+    group.add_argument(
+        "--substitutes",
+        action="store_true",
+        help="LIBERO: accept assets that are not all its own; results say so",
+    )
 
 
 def add_recordings(group: argparse._ArgumentGroup) -> None:

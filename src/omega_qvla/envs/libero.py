@@ -33,12 +33,15 @@ CAMERAS: Mapping[str, str] = MappingProxyType({"base": "agentview", "wrist": "ro
 #: Does nothing, with the gripper open.
 NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
+#: Keeps the seeds of sampled starts apart from the protocols' own.
+_SAMPLED, _JOINT_NOISE = 0x53414D50, 0.02
+
 
 @contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
+def _numpy_seed(*seed: int) -> Iterator[None]:
     """LIBERO draws from numpy's global generator: seed it, and put it back afterwards."""
     before = np.random.get_state()
-    np.random.seed(seed)
+    np.random.seed(seed[0] if len(seed) == 1 else seed)
     try:
         yield
     finally:
@@ -177,7 +180,25 @@ class LiberoEnv:
         self._pictures.make_current()
         with _numpy_seed(self.protocol.seed):
             self._scenes.reset(seed if self.protocol.scene == "trial" else 0)
-        self._raw = self._env.set_init_state(self._states[index])
+        self._begin(self._states[index])
+
+    def sample_state(self, seed: int) -> None:
+        """Start from a state that is none of the shipped ones, and settle; nothing is rendered.
+
+        Objects are placed as the task's definition has it, and the arm's joints are disturbed
+        as in LIBERO's recordings (normal, 0.02 rad). For calibration and training: what is
+        evaluated stays unseen.
+        """
+        self._pictures.make_current()
+        with _numpy_seed(_SAMPLED, seed):
+            self._scenes.reset(0)
+            state = self.simulator.sim.get_state().flatten()
+            joints = self.simulator.robots[0]._ref_joint_pos_indexes
+            state[1 + np.array(joints)] += np.random.normal(0.0, _JOINT_NOISE, len(joints))
+        self._begin(state)
+
+    def _begin(self, state: np.ndarray) -> None:
+        self._raw = self._env.set_init_state(state)
         for _ in range(self.protocol.settle_steps):
             self._raw, _, _, _ = self._env.step(np.array(NO_OP))
         self._steps = 0
