@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ class LazyPictures:
         self._simulator, self._fast = simulator, rendering == "fast"
         self._mujoco = import_mujoco()
         self._instant: dict[str, np.ndarray] = {}
-        self._lean_context: Any = None
+        # Weak: robosuite frees a context, while it is the current one, by dropping it.
+        self._lean: Callable[[], Any] = lambda: None
         observables = importlib.import_module("robosuite.utils.observables")
         keep = observables.sensor(modality="instant")(lambda _cache: self._keep())
         simulator.add_observable(
@@ -53,7 +55,7 @@ class LazyPictures:
         sim = self._simulator.sim
         self.make_current()
         context = sim._render_context_offscreen
-        if self._fast and context is not self._lean_context:
+        if self._fast and context is not self._lean():
             self._leave_out(context)
         now = self._places()
         self._put(self._instant)
@@ -94,4 +96,4 @@ class LazyPictures:
         context._set_mujoco_context_and_buffers()
         for flag in ("SHADOW", "REFLECTION"):
             context.scn.flags[getattr(self._mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
-        self._lean_context = context
+        self._lean = weakref.ref(context)
