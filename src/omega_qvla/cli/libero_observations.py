@@ -88,9 +88,9 @@ def from_libero(
     """At least `count` observations, from the seeds at `first_seed`."""
     from omega_qvla.cli.sources import collect_episodes
 
+    options = libero_options(args)
     tasks = libero_tasks(args.env, args.tasks)
     per_task = max(1, -(-count // (_LEAST * len(tasks))))
     seeds = [first_seed + i for i in range(per_task)]
     console.note(f"collecting {len(tasks) * per_task} expert episodes in the simulator")
-    options = libero_options(args)
     return collect_episodes(tasks, seeds, console, collector=EXPERT, options=options)

@@ -106,7 +106,7 @@ class LiberoEnv:
         self._cameras = dict(cameras)
         libero = import_libero(_accepted_assets(assets, substitutes))
         with _numpy_seed(self.protocol.seed):
-            self._env = libero.OffScreenRenderEnv(
+            self._env: Any = libero.OffScreenRenderEnv(
                 bddl_file_name=str(libero_root() / "bddl_files" / suite / f"{name}.bddl"),
                 use_camera_obs=False,  # else both cameras are rendered at every step
                 ignore_done=True,  # the protocol's cap counts, not robosuite's horizon
@@ -239,9 +239,11 @@ class LiberoEnv:
         return np.ascontiguousarray(self._pictures.render(CAMERAS["base"], size)[::-1])
 
     def close(self) -> None:
-        """Free the simulator and its renderer."""
-        self._pictures.make_current()
-        self._env.close()
+        """Free the simulator and its renderer. Closing twice is allowed."""
+        if self._env is not None:
+            self._pictures.make_current()
+            self._env.close()
+            self._env = None
 
     def _render(self, camera: str, size: int) -> np.ndarray:
         image = self._pictures.render(camera, size)
