@@ -102,8 +102,12 @@ def run_evaluation(
 
 def trace_path(out: Path, arm: ArmKey, episode: Episode) -> Path:
     """Where the trace of a recorded episode lies: beside the results file."""
-    name = "__".join((*arm, episode.task, str(episode.seed))).replace("/", "-")
-    return out.parent / f"{out.stem}-traces" / f"{name}.npz"
+    return out.parent / f"{out.stem}-traces" / trace_name(arm, episode)
+
+
+def trace_name(arm: ArmKey, episode: Episode) -> str:
+    """File name of a trace."""
+    return f"{'__'.join((*arm, episode.task, str(episode.seed))).replace('/', '-')}.npz"
 
 
 def load_trace(out: Path, arm: ArmKey, episode: Episode) -> Trace:
