@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.flips import configure_pairs, show_pairs
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.cli.parsing import (
     DRIFT_SAMPLES,
@@ -28,13 +29,14 @@ Compare arms with a reference (the full-precision one unless told otherwise).
 
 From results files (`omega-qvla eval`): success with Wilson intervals, the difference of
 the paired success rates with its interval (Tango), McNemar's exact p, and the jerk of
-the executed actions relative to the reference's.
+the executed actions relative to the reference's; which tasks and episodes differ, how
+many episodes a difference would take to be seen, and films of the flipped episodes.
 With --checkpoint, --pack and --observations or --dataset: drift, the cosine between the
 action chunks of the packs and of the checkpoint on the same observations and the same
 noise. Of a dataset or a folder, only the episodes that calibration leaves alone are used.
 """
 EXAMPLES = """\
-  omega-qvla compare results.jsonl
+  omega-qvla compare results.jsonl --videos flips
   omega-qvla compare results.jsonl --checkpoint CHECKPOINT --pack omega=omega.safetensors \\
       --observations held-out.safetensors --markdown comparison.md
   omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors --pack rtn=naive.safetensors \\
@@ -48,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="ARM", help="compare with this arm")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (and the reference)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table there")
+    configure_pairs(parser)
     drift = parser.add_argument_group("drift")
     drift.add_argument("--checkpoint", type=Path, metavar="DIR")
     drift.add_argument(
@@ -81,10 +84,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for arm, values in arms.items()
     ]
     console.table(COLUMNS, rows, left=3)
+    pairs = show_pairs(args, records, reference, console)
     if args.markdown is not None:
         _write_markdown(args.markdown, rows)
         console.text(f"table in {args.markdown}")
-    console.result({"reference": reference, "families": summary})
+    console.result({"reference": reference, "families": summary, "pairs": pairs})
     return 0
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omega_qvla.errors import BackendError, ConfigError, EvaluationError
@@ -31,7 +31,7 @@ class RayCluster:
     address:   of a running cluster ("auto": the one this machine belongs to); None starts
                Ray on this machine, and stops it afterwards.
     workers:   actors with simulators, one CPU each.
-    policies:  actors with the policy.
+    policies:  actors with the policy; they take no CPU of Ray's count, so leave it one each.
     gpus:      GPUs of each of them, may be a fraction; the arms' device is then "cuda".
     timeout_s: an episode that takes longer counts as a dead worker.
     startup_s: how long to wait while no actor can be placed anywhere.
@@ -96,8 +96,7 @@ def _connect(ray: Any, settings: RayCluster) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if settings.address is None:
-        room = settings.workers + settings.policies
-        options |= {"address": "local", "num_cpus": room, "include_dashboard": False}
+        options |= {"address": "local", "num_cpus": settings.workers, "include_dashboard": False}
     else:
         options["address"] = settings.address
     try:
@@ -120,11 +119,10 @@ class _Actor:
     ready: bool = False
     policy: _Actor | None = None
     deadline: float = math.inf
-    gone: bool = field(default=False)
 
 
 class _Running:
-    """The actors of one evaluation."""
+    """The actors of one evaluation. `_moved`: when an actor was last started or got ready."""
 
     def __init__(self, ray: Any, settings: RayCluster, plan: Plan) -> None:
         self._ray, self._settings, self._plan = ray, settings, plan
@@ -132,12 +130,12 @@ class _Running:
         self._fingerprints: Mapping[str, Mapping[str, str]] = plan.arm_fingerprints()
         self._simulators: list[_Actor] = []
         self._policies: list[_Actor] = []
-        self._placed = time.monotonic()
+        self._moved = time.monotonic()
 
     def play_arm(self, jobs: list[Job]) -> Generator[EpisodeRecord, None, None]:
         arm = jobs[0].arm
         schedule = Schedule(jobs, self._settings.retries)
-        self._placed = time.monotonic()
+        self._moved = time.monotonic()
         for _ in range(min(self._settings.workers, len(jobs)) - len(self._simulators)):
             self._simulators.append(self._simulator())
         if not is_local(arm):
@@ -150,7 +148,7 @@ class _Running:
                 if isinstance(answer, _Lost):
                     self._lost(actor, answer.reason, schedule, arm)
                 elif not actor.ready:
-                    actor.ready, self._placed = True, time.monotonic()
+                    actor.ready, self._moved = True, time.monotonic()
                 elif isinstance(answer, PolicyLost):
                     self._policy_lost(actor, answer, schedule, arm)
                 else:
@@ -173,7 +171,8 @@ class _Running:
         return _Actor("simulator", handle, handle.ready.remote())
 
     def _policy(self, arm: Arm) -> _Actor:
-        resources = {"num_cpus": 1, "num_gpus": self._settings.gpus}
+        # No CPU asked for: simulators that hold all that a loss has left would keep it out.
+        resources = {"num_cpus": 0, "num_gpus": self._settings.gpus}
         remote = self._ray.remote(**resources, max_restarts=0)(PolicyWorker)
         handle = remote.remote(self._plan, arm, self._fingerprints[str(arm.key)])
         return _Actor("policy", handle, handle.ready.remote())
@@ -205,7 +204,7 @@ class _Running:
             if actor.call is not None
         }
         playing = any(actor.ready and actor.call is not None for actor in self._simulators)
-        limit = self._placed + self._settings.startup_s
+        limit = self._moved + self._settings.startup_s
         end = min([actor.deadline for actor in calls.values()] + ([] if playing else [limit]))
         patience = min(max(0.0, end - time.monotonic()), 3600.0)
         answered, _ = self._ray.wait(list(calls), num_returns=1, timeout=patience)
@@ -234,6 +233,7 @@ class _Running:
     def _lost(self, actor: _Actor, reason: str, schedule: Schedule, arm: Arm) -> None:
         """Start another in its place; the episode that it played comes again."""
         self._ray.kill(actor.handle)
+        self._moved = time.monotonic()
         if actor.kind == "policy":
             self._policies[self._policies.index(actor)] = self._policy(arm)
             return

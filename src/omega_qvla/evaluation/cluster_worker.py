@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from omega_qvla.evaluation.arms import arm_fingerprint, is_local, load_policy
 from omega_qvla.evaluation.plan import Plan
 from omega_qvla.evaluation.records import Arm, EpisodeRecord, Trace
 from omega_qvla.evaluation.results import differences
-from omega_qvla.evaluation.worker import Failure, Job, Player
+from omega_qvla.evaluation.worker import Failure, Job, Player, one_thread
 from omega_qvla.policies.observation import Observation
 
 
@@ -45,6 +46,7 @@ class PolicyWorker:
         """`fingerprint`: the arm's as the driver sees it."""
         self._plan, self._arm, self._fingerprint = plan, arm, fingerprint
         self._policy: Any = None
+        self._threads = ExitStack()  # left open: it ends with the process
 
     def ready(self) -> Failure | None:
         """Load; None once the policy can act.
@@ -53,7 +55,7 @@ class PolicyWorker:
         at the same paths: a checkpoint of the same name elsewhere is refused.
         """
         try:
-            _one_thread()
+            self._threads.enter_context(one_thread())
             here = arm_fingerprint(self._arm, self._plan.env, {})
             other = differences(self._fingerprint, here)
             if other:
@@ -114,11 +116,12 @@ class EnvWorker:
         self._plan, self._settings = plan, settings
         self._remote = RemoteActor()
         self._player: Player | None = None
+        self._threads = ExitStack()
 
     def ready(self) -> Failure | None:
         """None if this machine plays what the driver's would: same versions, same assets."""
         try:
-            _one_thread()
+            self._threads.enter_context(one_thread())
             other = differences(self._settings, self._plan.settings())
             if other:
                 raise EvaluationError(f"this machine differs from the driver's: {'; '.join(other)}")
@@ -144,9 +147,3 @@ class EnvWorker:
         if is_local(arm):
             return load_policy(arm, self._plan.env, self._plan.loader)
         return self._remote
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # as in every executor: threads change how floats are summed

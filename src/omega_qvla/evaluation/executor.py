@@ -13,7 +13,7 @@ from omega_qvla.evaluation.plan import Plan
 from omega_qvla.evaluation.pool import ProcessPool
 from omega_qvla.evaluation.records import ArmKey, Episode, EpisodeRecord, Trace
 from omega_qvla.evaluation.results import ResultsFile
-from omega_qvla.evaluation.worker import Job, Player
+from omega_qvla.evaluation.worker import Job, Player, one_thread
 
 
 class Executor(Protocol):
@@ -42,7 +42,8 @@ class InProcess:
         try:
             for job in jobs:
                 try:
-                    record = player.play(job)
+                    with one_thread():
+                        record = player.play(job)
                 except Exception as error:
                     raise EvaluationError(f"{job}: {type(error).__name__}: {error}") from error
                 yield record
@@ -101,8 +102,12 @@ def run_evaluation(
 
 def trace_path(out: Path, arm: ArmKey, episode: Episode) -> Path:
     """Where the trace of a recorded episode lies: beside the results file."""
-    name = "__".join((*arm, episode.task, str(episode.seed))).replace("/", "-")
-    return out.parent / f"{out.stem}-traces" / f"{name}.npz"
+    return out.parent / f"{out.stem}-traces" / trace_name(arm, episode)
+
+
+def trace_name(arm: ArmKey, episode: Episode) -> str:
+    """File name of a trace."""
+    return f"{'__'.join((*arm, episode.task, str(episode.seed))).replace('/', '-')}.npz"
 
 
 def load_trace(out: Path, arm: ArmKey, episode: Episode) -> Trace:

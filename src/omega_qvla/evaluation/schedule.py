@@ -53,7 +53,7 @@ class Schedule:
         if last not in waiting:
             arm = next((g[0] for g in waiting if last and g[0] == last[0]), waiting[0][0])
             of_arm = [group for group in waiting if group[0] == arm]
-            taken = {_group(job) for job in self._playing.values()}
+            taken = {group for other, group in self._last.items() if other != worker}
             free = [group for group in of_arm if group not in taken]
             last = free[0] if free else max(of_arm, key=lambda g: len(self._groups[g]))
         job = self._groups[last].popleft()

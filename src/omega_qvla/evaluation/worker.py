@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -101,11 +102,27 @@ class Player:
         return self._envs[task]
 
 
-def work(connection: Connection, plan: Plan, device: str | None = None) -> None:
-    """Main function of a worker process: answer each job until the pipe closes."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as in every executor: parallelism is one process per core, and
+    other threads would add numbers up in another order."""
     import torch
 
-    torch.set_num_threads(1)  # parallelism is one process per core
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def work(connection: Connection, plan: Plan, device: str | None = None) -> None:
+    """Main function of a worker process: answer each job until the pipe closes."""
+    with one_thread():
+        _work(connection, plan, device)
+
+
+def _work(connection: Connection, plan: Plan, device: str | None) -> None:
     player: Player | None = None
     while True:
         try:
@@ -118,6 +135,9 @@ def work(connection: Connection, plan: Plan, device: str | None = None) -> None:
             answer = player.play(job)
         except Exception as error:  # sent to the parent, which raises it
             answer = Failure.of(error)
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except BrokenPipeError:  # the parent was killed; it will ask for the episode again
+            break
     if player is not None:
         player.close()
