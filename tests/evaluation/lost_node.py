@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from pathlib import Path
 
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # read by Ray when it is imported
+
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
 
 from omega_qvla.evaluation.cluster import RayCluster
 from omega_qvla.evaluation.executor import run_evaluation
@@ -39,8 +41,8 @@ def main(folder: Path) -> None:
     def lose() -> None:
         while lines(out) < 4:
             time.sleep(0.005)
-        actors = list_actors(filters=[("state", "=", "ALIVE")])
-        told["on_lost_node"] = sum(actor.node_id == doomed.node_id for actor in actors)
+        free = ray._private.state.available_resources_per_node()[doomed.node_id]
+        told["on_lost_node"] = 2 - int(free.get("CPU", 0))
         told["done_before"] = lines(out)
         cluster.remove_node(doomed, allow_graceful=False)
 

@@ -44,11 +44,13 @@ def ray():
 
 @pytest.mark.ray
 def test_the_same_records_as_in_one_process_and_in_a_pool(ray, arms, tmp_path):
-    inline = run(plan(arms), tmp_path / "a.jsonl", workers=0)
-    pool = run(plan(arms), tmp_path / "b.jsonl", workers=2)
-    spread = run(plan(arms), tmp_path / "c.jsonl", executor=RayCluster(workers=2, policies=2))
+    two = arms[1:]
+    inline = run(plan(two), tmp_path / "a.jsonl", workers=0)
+    pool = run(plan(two), tmp_path / "b.jsonl", workers=2)
+    spread = run(plan(two), tmp_path / "c.jsonl", executor=RayCluster(workers=2, policies=2))
     assert outcomes(spread) == outcomes(pool) == outcomes(inline)
-    for arm in arms:  # in this process, in two workers, in two policy actors
+    assert {record.success for record in spread} == {True, False}
+    for arm in two:  # in this process, in two workers, in two policy actors
         assert len(Path(f"{arm.checkpoint}.loads").read_text().splitlines()) <= 5
 
 
@@ -138,7 +140,7 @@ def test_a_lost_node_is_survived(ray, arms, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert call.returncode == 0, call.stdout[-3000:] + call.stderr[-3000:]

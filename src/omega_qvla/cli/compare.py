@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
-from omega_qvla.cli.flips import configure_pairs, show_pairs
+from omega_qvla.cli.flips import check_settings, configure_pairs, show_pairs
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.cli.parsing import (
     DRIFT_SAMPLES,
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if not args.results and not args.pack:
         raise ConfigError("nothing to compare: give results files, or --checkpoint with --pack")
+    check_settings(args.results)
     reference = args.reference or REFERENCE
     records = _records(args, reference)
     drift, sizes = _drift(args, console) if args.pack else ({}, {})

@@ -31,6 +31,15 @@ def configure_pairs(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check_settings(paths: Sequence[Path]) -> None:
+    """Raise EvaluationError unless the results files were recorded under the same settings."""
+    from omega_qvla.evaluation.results import check_same, read_results
+
+    headers = [read_results(path)[0] for path in paths]
+    for path, header in zip(paths[1:], headers[1:], strict=True):
+        check_same(paths[0], headers[0], header, path)
+
+
 def show_pairs(
     args: argparse.Namespace, records: Sequence[EpisodeRecord], reference: str, console: Console
 ) -> dict[str, Any]:

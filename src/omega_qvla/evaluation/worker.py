@@ -16,8 +16,8 @@ from omega_qvla.evaluation.records import Arm, ArmKey, Episode, EpisodeRecord, T
 from omega_qvla.evaluation.rollout import run_episode
 
 Loader = Callable[[Arm], Any]
-#: Simulators that a player keeps: LIBERO's take some 300 MB each.
-MAX_ENVS = 6
+#: Simulators that a player keeps: LIBERO's take some 700 MB each.
+MAX_ENVS = 3
 
 
 @dataclass(frozen=True)
