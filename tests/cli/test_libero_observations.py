@@ -108,3 +108,17 @@ def test_observations_are_collected_and_kept(given: Mapping[str, Any], tmp_path:
         tmp_path / "o.safetensors", samples.observations, samples.meta, samples.source
     )
     assert read_observations(path).digest() == samples.digest()
+
+
+@pytest.mark.sim
+@pytest.mark.libero
+def test_a_policy_of_another_width_is_refused_before_anything_is_made(
+    given: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(save_policy(tiny_pi05(num_steps=2), tmp_path / "checkpoint"))
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = ["--suite", "libero_object", "--tasks", "1", "--trials", "1", "--workers", "0"]
+    words += ["--protocol", str(tmp_path / "own.yaml"), "--assets", given["assets"]]
+    words += ["--substitutes"] * given["substitutes"]
+    assert main(["eval", checkpoint, *words, "--out", str(tmp_path / "r.jsonl"), "--json"]) == 2
+    assert "those of libero 7" in capsys.readouterr().err

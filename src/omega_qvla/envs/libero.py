@@ -73,6 +73,7 @@ class LiberoEnv:
 
     action_dim = ACTION_DIM
     state_dim = STATE_DIM
+    cameras: tuple[str, ...] = tuple(CAMERAS)
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class LiberoEnv:
         self.task, self.prompt = f"{suite}/{name}", language(name)
         self.max_steps: int = getattr(self.protocol.caps, suite)
         self._states = initial_states(suite, name, states)
-        self._cameras = dict(cameras)
+        self._cameras, self.cameras = dict(cameras), tuple(cameras)
         libero = import_libero(_accepted_assets(assets, substitutes))
         with _numpy_seed(self.protocol.seed):
             self._env: Any = libero.OffScreenRenderEnv(
@@ -141,11 +142,6 @@ class LiberoEnv:
             "assets": "substitutes" if has_substitutes(folder) else "original",
             "cameras": dict(cameras),
         }
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Keys of the observations' images."""
-        return tuple(self._cameras)
 
     @property
     def raw_observation(self) -> Mapping[str, np.ndarray]:
