@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Load, and serve until interrupted."""
-    from omega_qvla.evaluation.arms import arm_fingerprint
+    from omega_qvla.evaluation.policies import arm_fingerprint
     from omega_qvla.evaluation.records import Arm
     from omega_qvla.runtime.engine import Engine
     from omega_qvla.serving.server import PolicyServer, describe

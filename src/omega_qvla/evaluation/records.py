@@ -39,7 +39,7 @@ class Arm:
     backend:    kernel backend for the pack.
     device:     torch device.
     policy:     None: the checkpoint's. Else what acts instead: "random", "oracle",
-                "served", or "module:function", see `omega_qvla.evaluation.arms`.
+                "served", or "module:function", see `omega_qvla.evaluation.policies`.
     """
 
     label: str
