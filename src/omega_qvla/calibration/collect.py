@@ -59,8 +59,8 @@ class Calibration:
             write_tensors(Path(path), tensors, metadata)
         except OSError as error:
             raise CalibrationError(
-            f"{os.fspath(path)}: cannot be written: {why_not_written(error)}"
-        ) from error
+                f"{os.fspath(path)}: cannot be written: {why_not_written(error)}"
+            ) from error
         return Path(path)
 
     @classmethod

@@ -15,7 +15,9 @@ from omega_qvla.errors import OmegaError, PackError
 
 
 @contextmanager
-def output_lock(path: str | os.PathLike[str], error: type[OmegaError] = PackError) -> Iterator[None]:
+def output_lock(
+    path: str | os.PathLike[str], error: type[OmegaError] = PackError
+) -> Iterator[None]:
     """Be the only one who builds `path` (a file or a folder to be) while the body runs.
 
     The lock is `flock` on `.<name>.lock` beside `path`: it ends with the process, however that
@@ -76,7 +78,7 @@ def _is(file: Path, descriptor: int) -> bool:
 
 
 def _owner(file: Path) -> str:
-    """ (pid N), as far as its owner has written it."""
+    """In words, as far as the owner has written its number."""
     try:
         return f" (pid {int(file.read_text())})"
     except (OSError, ValueError):

@@ -76,9 +76,7 @@ class Engine:
                     "tokenizer: leave them out, or bundle anew with others"
                 )
             return cls(
-                *load_bundle(
-                    checkpoint, backend, device, dtype, act_bits=act_bits, missing=missing
-                )
+                *load_bundle(checkpoint, backend, device, dtype, act_bits=act_bits, missing=missing)
             )
         if pack is None and act_bits is not None:
             raise ConfigError("act_bits are of a pack's activations, and there is no pack")
