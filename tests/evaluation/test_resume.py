@@ -12,9 +12,6 @@ import pytest
 from omega_qvla.evaluation.results import read_results
 
 from .slow_run import EPISODES
-from .test_cluster import ray
-
-__all__ = ["ray"]  # fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 2 * EPISODES  # two arms
