@@ -219,15 +219,15 @@ def _check_fits(world: _World, policy: Policy) -> None:
     from omega_qvla.evaluation.plan import resolve
 
     made = resolve(world.env)
-    cameras = getattr(made, "cameras", None)
-    missing = [] if cameras is None else [c for c in policy.cameras if c not in cameras]
-    if missing:
+    # What only an instance knows (a property) is found out at its first episode.
+    cameras, width = getattr(made, "cameras", None), getattr(made, "action_dim", None)
+    if isinstance(cameras, tuple) and not set(policy.cameras) <= set(cameras):
+        missing = [camera for camera in policy.cameras if camera not in cameras]
         raise ConfigError(
             f"the policy looks through the cameras {', '.join(policy.cameras)}; {world.env} has "
-            f"{', '.join(cameras or ())}, and lacks {', '.join(missing)}"
+            f"{', '.join(cameras)}, and lacks {', '.join(missing)}"
         )
-    width = getattr(made, "action_dim", policy.action_dim)
-    if policy.action_dim != width:
+    if isinstance(width, int) and policy.action_dim != width:
         raise ConfigError(
             f"the policy's actions have {policy.action_dim} entries, those of {world.env} {width}: "
             "this checkpoint was trained for another robot"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.eval_plan import configure_executor, configure_world, make_executor, make_plan
 from omega_qvla.cli.formats import percent
+from omega_qvla.cli.loading import add_pack_options
 from omega_qvla.cli.parsing import add_backend, add_checkpoint, labelled
 from omega_qvla.errors import ConfigError
 
@@ -73,6 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     configure_world(parser)
     configure_executor(parser)
+    add_pack_options(parser)
     add_backend(parser)
 
 
