@@ -43,7 +43,7 @@ def lines(folder):
 
 def kill_at(process, folder, records, delay):
     """SIGKILL once there are so many records, and a moment later."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while process.poll() is None and lines(folder) < records and time.monotonic() < end:
         time.sleep(0.002)
     time.sleep(delay)
