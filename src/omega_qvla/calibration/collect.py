@@ -146,7 +146,7 @@ def collect(
         )
     steps = policy.num_steps if num_steps is None else num_steps
     observer = InputObserver(
-        _linears(policy.module, layer_names),
+        linears(policy.module, layer_names),
         num_steps=steps,
         token_cap=token_cap,
         observations=len(chosen),
@@ -167,7 +167,7 @@ def noise_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
-def _linears(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def linears(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     found = dict(module.named_modules())
     for name in names:
         if name not in found:
