@@ -132,10 +132,22 @@ def read_tokenizer(folder: Path, given: Path | None = None) -> TextTokenizer:
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
-    """Write the tokenizer into a checkpoint, atomically, in its own format."""
+    """Write the tokenizer into a checkpoint, atomically, in its own format.
+
+    Raises CheckpointError, OSError.
+    """
     spm = isinstance(tokenizer, SentencePieceTokenizer)
     name = SENTENCEPIECE_MODEL if spm else TOKENIZER_JSON
-    write_atomically(folder / name, lambda path: tokenizer.save(str(path)))
+    write_atomically(folder / name, lambda path: _save(tokenizer, path))
+
+
+def _save(tokenizer: TextTokenizer, path: Path) -> None:
+    try:
+        tokenizer.save(str(path))
+    except OSError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: the tokenizer cannot be written: {error}") from error
 
 
 def load_json(path: Path) -> TextTokenizer:
