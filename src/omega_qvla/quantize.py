@@ -23,6 +23,7 @@ from omega_qvla.calibration.collect import (
 from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.config import Recipe, Scheme
 from omega_qvla.errors import CalibrationError, RecipeError
+from omega_qvla.modules.linear import quantized_linears
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.smoothing import weight_profile
@@ -72,6 +73,7 @@ def quantize_policy(
     resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
     memory: int = DEFAULT_MEMORY,
+    cascade: bool = False,
 ) -> Path:
     """Quantize `policy` by `recipe` and write the pack `out`. The policy is left as it was.
 
@@ -86,9 +88,12 @@ def quantize_policy(
         calibration: collected before from this checkpoint; several recipes can share one.
         resume: False starts anew and discards what an earlier build left.
         memory: bytes of statistics to hold at once.
+        cascade: calibrate the action head on what the quantized backbone tells it, as it will
+            be at run time. Takes `samples`, also where a calibration is given (which then
+            serves the backbone alone).
 
     Raises:
-        RecipeError: nothing to quantize, or a protected layer caught.
+        RecipeError: nothing to quantize, or a protected layer caught; nothing to cascade.
         CalibrationError: statistics missing, unusable, or of another checkpoint.
         PackError: unfinished work of another build lies in the way; the file can't be written.
     """
@@ -101,6 +106,9 @@ def quantize_policy(
     origin: dict[str, Any] = {}
     if needed:
         origin = _origin(policy, samples, calibration, steps, token_cap, seed, source)
+    if cascade:
+        _check_cascade(recipe, jobs, samples)
+        origin["cascade"] = True
     manifest = Manifest(
         family=policy.family,
         source=source,
@@ -115,20 +123,45 @@ def quantize_policy(
     todo = [job for job in jobs if not build.finished(job.name)]
     report = progress if progress is not None else _silent
     sites = site_profiles(policy, jobs)
-    for chunk in _chunks(policy.module, todo, token_cap * steps, memory):
-        names = [job.name for job in chunk if needs_stats(job.scheme)]
-        stats: Mapping[str, LayerStats] = {}
-        if names and calibration is not None:
-            stats = calibration.stats
-        elif names and samples is not None:
-            stats = _collect(policy, samples, names, steps, token_cap, seed, report)
-        for job in chunk:
-            build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
-            finished = sum(build.finished(other.name) for other in jobs)
-            report(Progress("quantizing", finished, len(jobs), job.name))
+    for group in _by_side(todo) if cascade else [todo]:
+        below: Mapping[str, QuantizedLayer] = {}
+        if cascade and group and group[0].side == "action_head":
+            below = build.layers([job.name for job in jobs if job.side == "backbone"])
+        given = None if below else calibration
+        with quantized_linears(policy.module, below, "emulated"):
+            for chunk in _chunks(policy.module, group, token_cap * steps, memory):
+                names = [job.name for job in chunk if needs_stats(job.scheme)]
+                stats: Mapping[str, LayerStats] = {}
+                if names and given is not None:
+                    stats = given.stats
+                elif names and samples is not None:
+                    stats = _collect(policy, samples, names, steps, token_cap, seed, report)
+                for job in chunk:
+                    build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
+                    finished = sum(build.finished(other.name) for other in jobs)
+                    report(Progress("quantizing", finished, len(jobs), job.name))
     write_pack(out, manifest, build.layers())
     build.remove()
     return out
+
+
+def _by_side(jobs: Sequence[Job]) -> list[list[Job]]:
+    return [[job for job in jobs if job.side == side] for side in SIDES]
+
+
+def _check_cascade(recipe: Recipe, jobs: Sequence[Job], samples: ObservationSet | None) -> None:
+    """Raise RecipeError where a cascade would change nothing, CalibrationError without samples."""
+    backbone, head = _by_side(jobs)
+    if not backbone or not any(needs_stats(job.scheme) for job in head):
+        raise RecipeError(
+            f"recipe {recipe.name!r} has nothing to cascade: it takes a quantized backbone and an "
+            "action head that is calibrated; build both sides at once"
+        )
+    if samples is None:
+        raise CalibrationError(
+            "a cascade runs the quantized backbone on the observations: give samples, not only "
+            "a calibration"
+        )
 
 
 def plan(policy: Policy, recipe: Recipe, num_steps: int) -> list[Job]:

@@ -164,12 +164,15 @@ def round_to_grid(
 def static_table(
     scheme: Scheme, stats: LayerStats | None, transform: InputTransform
 ) -> Tensor | None:
-    """Static activation scales f32 [steps, ...] from each step's transformed tokens."""
+    """Static activation scales f32 [steps, ...] from each step's transformed tokens.
+
+    A pooled scheme has one row, from the tokens of all steps, in every place.
+    """
     act = scheme.activation
     if stats is None or not act.static:
         return None
     rows = []
-    for tokens in stats.tokens:
+    for tokens in (torch.cat(stats.tokens),) if act.pooled else stats.tokens:
         x = transform.activations(tokens.float())
         if act.kind == "per_step_channel":
             rows.append(step_channel_scale(x, act.percentile, act.bits))
@@ -177,4 +180,4 @@ def static_table(
             rows.append(step_group_scale(x, act.group, act.bits))
         else:
             rows.append(step_tensor_scale(x, act.bits))
-    return torch.stack(rows)
+    return torch.stack(rows * len(stats.tokens) if act.pooled else rows)
