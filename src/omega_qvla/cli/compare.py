@@ -159,20 +159,9 @@ def _summary(
     sizes: Mapping[ArmKey, tuple[int, int]],
     reference: str,
 ) -> dict[str, Any]:
-    from omega_qvla.evaluation.summary import summarise
+    from omega_qvla.evaluation.summary import add_drift, summarise
 
-    summary: dict[str, Any] = summarise(records, drift, sizes, reference=reference)
-    for key, found in drift.items():
-        arms = summary.setdefault(key.family, {}).setdefault(key.variant, {})
-        if key.arm not in arms:  # drift without episodes
-            stored, full = sizes.get(key, (None, None))
-            arms[key.arm] = {
-                "cosine": found.cosine(),
-                "relative_error": found.relative_error,
-                "layer_bytes": stored,
-                "layer_bytes_16bit": full,
-            }
-    return summary
+    return add_drift(summarise(records, drift, sizes, reference=reference), drift, sizes)
 
 
 COLUMNS = (
