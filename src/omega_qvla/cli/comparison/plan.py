@@ -11,7 +11,8 @@ from typing import Any
 
 from omega_qvla.cli.comparison.arms import ArmSpec
 from omega_qvla.cli.sources import EXPERT
-from omega_qvla.errors import ConfigError
+from omega_qvla.config.recipe import Recipe
+from omega_qvla.errors import ConfigError, RecipeError
 from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import Protocol
 from omega_qvla.quantize import software
@@ -140,7 +141,7 @@ def _joined(out: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str
         differing += [
             f"{key} ({name})"
             for name, value in mine[key].items()
-            if name in known and known[name] != value
+            if name in known and _completed(known[name]) != value
         ]
     if differing:
         raise ConfigError(
@@ -148,6 +149,16 @@ def _joined(out: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str
             "it, or measure changed arms again with --redo"
         )
     return mine | {key: {**theirs.get(key, {}), **mine[key]} for key in _GROWING}
+
+
+def _completed(value: Any) -> Any:
+    """Settings of an arm with the recipe fields that have come since, at their defaults."""
+    if not isinstance(value, dict) or "recipe" not in value:
+        return value
+    try:
+        return {**value, "recipe": Recipe.from_dict(value["recipe"]).to_dict()}
+    except RecipeError:
+        return value
 
 
 def _sha256(path: Path) -> str:
