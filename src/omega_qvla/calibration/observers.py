@@ -84,7 +84,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     Each product of two bfloat16 numbers is exact in float32 and sums stay in float32, so
     nothing is lost, and processors with bfloat16 instructions are twice as fast.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     try:
         if dtype == torch.bfloat16:

@@ -207,5 +207,3 @@ def _repeat(
 
 def _silent(done: int, total: int) -> None:
     """Report to nobody."""
-
-

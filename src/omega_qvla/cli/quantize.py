@@ -27,6 +27,7 @@ EXAMPLES = """\
   omega-qvla quantize assets/pi05-metaworld --env metaworld --num-samples 48 --out pi05.safetensors
   omega-qvla quantize CHECKPOINT --calibration calibration.safetensors --side backbone --out bb.safetensors
   omega-qvla quantize CHECKPOINT --recipe rtn --out naive.safetensors
+  omega-qvla quantize CHECKPOINT --observations FILE --cascade --out cascade.safetensors
   omega-qvla quantize CHECKPOINT --from-published quantized.pt --out published.safetensors
   omega-qvla quantize CHECKPOINT --observations FILE --side action_head --exclude 'layers\\.0\\.' --out p.safetensors
 """  # noqa: E501
@@ -63,6 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="made by `omega-qvla calibrate`"
     )
     parser.add_argument(
+        "--cascade",
+        action="store_true",
+        help="calibrate the action head on what the quantized backbone tells it (takes "
+        "observations; a given calibration then serves the backbone)",
+    )
+    parser.add_argument(
         "--no-resume", action="store_true", help="discard what an earlier build left"
     )
     add_overrides(parser)
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     outline = open_checkpoint(args.checkpoint)
     plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
-    if args.calibration and (args.observations or args.dataset or args.env):
+    if args.calibration and (args.observations or args.dataset or args.env) and not args.cascade:
         raise ConfigError("--calibration already holds its observations; give one of them")
     calibration = Calibration.load(args.calibration) if args.calibration else None
     samples = given_observations(args, outline, console)
@@ -113,6 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             seed=args.seed,
             calibration=calibration,
             resume=not args.no_resume,
+            cascade=args.cascade,
             progress=show,
         )
     console.result(show_sizes(args.out, console))

@@ -38,7 +38,7 @@ def factor_(hessian: Tensor, damp: float, tries: int = _DAMP_TRIES) -> float | N
         hessian[:, dead] = 0.0
         diagonal[dead] = mean
     for attempt in range(tries):
-        added = damp * 10**attempt * mean
+        added = damp * 10.0**attempt * mean
         hessian.diagonal().copy_(diagonal + added)
         if _factor(hessian):
             return added

@@ -183,9 +183,7 @@ def gptq(
     return torch.where((reached > plain)[:, None], nearest, q), scale
 
 
-def _ordered(
-    hessian: Tensor, order: Tensor, reorder: bool, exact: bool, consume: bool
-) -> Tensor:
+def _ordered(hessian: Tensor, order: Tensor, reorder: bool, exact: bool, consume: bool) -> Tensor:
     """The hessian with its channels in `order`, to be overwritten; symmetric where exact."""
     if exact:
         h = hessian.double()[order][:, order]

@@ -60,8 +60,9 @@ def quantize_layer(
     denoising loop that the layer runs in, None outside. site_profile [in]: `weight_profile` of
     all layers that read the same input, so that they get the same smoothing divisor and can
     share one transformed input; None: of this layer alone. consume: the statistics are not
-    needed afterwards, and a large Hessian may be overwritten in place of a copy. Computes in float32 (float64 where
-    decompositions need it) on the weight's device; the result stays there.
+    needed afterwards, and a large Hessian may be overwritten in place of a copy. Computes in
+    float32 (float64 where decompositions need it or sizes allow it) on the weight's device; the
+    result stays there.
 
     Raises:
         CalibrationError: statistics missing, of another layer, of a step left out, not finite.
@@ -192,12 +193,15 @@ def _own_hessian(hessian: Tensor, consume: bool) -> Tensor:
 def static_table(
     scheme: Scheme, stats: LayerStats | None, transform: InputTransform
 ) -> Tensor | None:
-    """Static activation scales f32 [steps, ...] from each step's transformed tokens."""
+    """Static activation scales f32 [steps, ...] from each step's transformed tokens.
+
+    A pooled scheme has one row, from the tokens of all steps, in every place.
+    """
     act = scheme.activation
     if stats is None or not act.static:
         return None
     rows = []
-    for tokens in stats.tokens:
+    for tokens in (torch.cat(stats.tokens),) if act.pooled else stats.tokens:
         x = transform.activations(tokens.float())
         if act.kind == "per_step_channel":
             rows.append(step_channel_scale(x, act.percentile, act.bits))
@@ -205,4 +209,4 @@ def static_table(
             rows.append(step_group_scale(x, act.group, act.bits))
         else:
             rows.append(step_tensor_scale(x, act.bits))
-    return torch.stack(rows)
+    return torch.stack(rows * len(stats.tokens) if act.pooled else rows)

@@ -37,13 +37,13 @@ def mirror_(matrix: Tensor, to: Literal["upper", "lower"]) -> Tensor:
 
 def both_sides_(matrix: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """T^T A T in place, for `change`: rows [..., n] -> rows T; a square matrix A [n, n]."""
-    for rows in matrix.split(_BLOCK):
+    for rows in torch.split(matrix, _BLOCK):
         rows.copy_(change(rows))
-    for columns in matrix.split(_BLOCK, dim=1):
+    for columns in torch.split(matrix, _BLOCK, dim=1):
         columns.copy_(change(columns.T.contiguous()).T)
     return matrix
 
 
 def all_finite(matrix: Tensor) -> bool:
     """Whether every value of a matrix is finite, without a mask of its size."""
-    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(_BLOCK))
+    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, _BLOCK))

@@ -17,6 +17,7 @@ from omega_qvla.numerics.permutation import inverse_permutation
 from omega_qvla.numerics.rotation import apply_blocks, apply_blocks_t
 from omega_qvla.numerics.symmetric import both_sides_
 
+
 @dataclass(frozen=True)
 class InputTransform:
     """Everything that happens to a layer's input before it is rounded.

@@ -117,9 +117,7 @@ class GrootPolicy(PolicyBase):
         after = (f"{_LANGUAGE}.norm", "backbone.eagle_linear", "action_head")
         count = len(self.model.action_head.model.transformer_blocks)
         return (
-            Stage(
-                START, (f"{eagle}.vision_model", f"{eagle}.mlp1", f"{_LANGUAGE}.embed_tokens")
-            ),
+            Stage(START, (f"{eagle}.vision_model", f"{eagle}.mlp1", f"{_LANGUAGE}.embed_tokens")),
             *(Stage(layer, (layer,)) for layer in layers),
             Stage(
                 f"{_LANGUAGE}.norm",
