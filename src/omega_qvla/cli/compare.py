@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omega_qvla.cli.comparison.verb import HELD_OUT, add_recipes, run_recipes
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, rate, size
+from omega_qvla.cli.loading import add_loading, add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import (
     DRIFT_SAMPLES,
     add_backend,
@@ -79,6 +80,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f"{HELD_OUT} with --recipes)",
     )
     drift.add_argument("--variant", default="plain", help="of the checkpoint (default: plain)")
+    add_loading(parser)
+    add_pack_options(parser)
     add_backend(parser)
     add_recipes(parser)
 
@@ -156,7 +159,8 @@ def _drift(
         raise ConfigError("packs are of one checkpoint: give one --checkpoint")
     (checkpoint,) = args.checkpoint
     packs = unique(args.pack, "pack")
-    outline = open_checkpoint(checkpoint)
+    options = loading(args)
+    outline = open_checkpoint(checkpoint, **options)
     source = open_recordings(args, outline.policy)
     assert source is not None
     count = args.num_samples
@@ -168,12 +172,15 @@ def _drift(
             check_unseen(label, pack, samples)
     observations, seeds = samples.observations, drift_seeds(samples)
     console.note(f"drift on {len(samples)} observations: full precision")
-    policy = Engine.load(checkpoint, device=args.device).policy
+    options |= {"device": args.device}
+    policy = Engine.load(outline.path, **options).policy
     expected = predict_chunks(policy, observations, seeds)
     drift, sizes = {}, {}
     for label, pack in packs.items():
         console.note(f"drift: {label}")
-        engine = Engine.load(checkpoint, pack, backend=args.backend, device=args.device)
+        engine = Engine.load(
+            outline.path, pack, backend=args.backend, **options, **pack_options(args)
+        )
         key = ArmKey(policy.family, args.variant, label)
         drift[key] = chunk_drift(expected, predict_chunks(engine.policy, observations, seeds))
         if engine.report is not None:

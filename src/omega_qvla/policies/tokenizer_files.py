@@ -127,7 +127,7 @@ def read_tokenizer(folder: Path, given: Path | None = None) -> TextTokenizer:
                 return reader(place / name)
     raise CheckpointError(
         f"{places[0]} has no tokenizer (none of {', '.join(_READERS)}): put the one that the "
-        "checkpoint was trained with there, or name it (`tokenizer=`)"
+        "checkpoint was trained with there, or name it (`tokenizer=`, --tokenizer)"
     )
 
 

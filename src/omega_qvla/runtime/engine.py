@@ -19,6 +19,7 @@ from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.base import Policy, check_actions
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy
+from omega_qvla.runtime.recorder import Recorder
 
 
 class Engine:
@@ -27,11 +28,19 @@ class Engine:
     Attributes:
         policy: the policy, its linears replaced if there is a pack.
         report: what runs it, or None in full precision.
+        recorder: keeps what `infer` is given and gives; None (the default) keeps nothing. Who
+            sets it closes it, and tells it where episodes begin.
     """
 
-    def __init__(self, policy: Policy, report: ApplyReport | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        report: ApplyReport | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.policy = policy
         self.report = report
+        self.recorder = recorder
 
     @classmethod
     def load(
@@ -119,4 +128,6 @@ class Engine:
         if actions.shape != expected:
             raise ActionError(f"the policy produced actions {actions.shape}, expected {expected}")
         check_actions(actions)
+        if self.recorder is not None:
+            self.recorder.record(observation, actions)
         return actions
