@@ -1,0 +1,287 @@
+"""What a build costs per layer: the published procedure against this one, at true size.
+
+    python benchmarks/build.py pi05 CHECKPOINT OBSERVATIONS --json OUT [--threads 1]
+
+CHECKPOINT and OBSERVATIONS may come from `benchmarks/true_size.py`. For one layer of every
+shape, on the same data and the same number of threads:
+
+* published, from its description: the whole policy runs over the calibration observations for
+  every layer anew to collect that layer's Hessian; then GPTQ on each block of 128 columns
+  alone, column by column in Python, steps from five candidates. Written here for this
+  comparison only.
+* ours: the policy runs once for all layers (a layer's share of that is charged), the Hessian
+  is summed by symmetric products and shared by layers with one input, and the layer is
+  smoothed, rotated and rounded by full GPTQ (`quantize_layer`), with a residual of rank 4 in
+  the action head.
+
+A pass of the whole policy is timed on one observation and multiplied by their number. Inputs
+of the layers are random with a few large channels, weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omega_qvla.calibration.observers import exact_products
+from omega_qvla.calibration.samples import read_observations
+from omega_qvla.config.presets import preset
+from omega_qvla.evaluation.environment import environment
+from omega_qvla.numerics.quantize_layer import quantize_layer
+from omega_qvla.numerics.smoothing import robust_energy
+from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.numerics.symmetric import add_gram_, mirror_
+from omega_qvla.policies.pi05.policy import Pi05Policy
+from omega_qvla.policies.registry import load_policy
+from omega_qvla.quantize import plan
+
+SAMPLES = 10
+BLOCK, DAMP, ALPHAS = 128, 0.05, (0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers of one size: `count` of them; `sharing`: how many read one input, on average."""
+
+    side: str
+    rows: int
+    width: int
+    count: int
+    sharing: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds per layer of one shape: the pass of the policy, the Hessian, the rounding."""
+
+    side: str
+    rows: int
+    width: int
+    count: int
+    published_pass: float
+    published_hessian: float
+    published_round: float
+    ours_pass: float
+    ours_hessian: float
+    ours_round: float
+
+    @property
+    def published(self) -> float:
+        return self.published_pass + self.published_hessian + self.published_round
+
+    @property
+    def ours(self) -> float:
+        return self.ours_pass + self.ours_hessian + self.ours_round
+
+
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of one run."""
+    begun = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begun, result
+
+
+def published_rounding(weight: Tensor, hessian: Tensor) -> Tensor:
+    """GPTQ of each block of 128 columns alone, one column after the other; W [out, in]."""
+    weight, q = weight.clone(), torch.zeros_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        part = slice(start, min(start + BLOCK, weight.shape[1]))
+        block, h = weight[:, part].clone(), hessian[part, part].clone()
+        h.diagonal().add_(DAMP * h.diagonal().mean())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        factor = torch.linalg.cholesky(inverse, upper=True)
+        step = _best_step(block)
+        for j in range(block.shape[1]):
+            column = block[:, j]
+            rounded = (column / step).round().clamp(-8, 7)
+            q[:, start + j] = rounded
+            error = (column - rounded * step) / factor[j, j]
+            block[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    return q
+
+
+def _best_step(block: Tensor) -> Tensor:
+    best_error, best = None, None
+    for alpha in ALPHAS:
+        step = (block.abs().amax(1) / (7 * alpha)).clamp_min(1e-8)
+        rounded = (block / step[:, None]).round().clamp(-8, 7) * step[:, None]
+        error = (block - rounded).square().sum(1)
+        if best_error is None or best is None:
+            best_error, best = error, step
+            continue
+        best = torch.where(error < best_error, step, best)
+        best_error = torch.minimum(error, best_error)
+    assert best is not None
+    return best
+
+
+def shapes(policy: Any, prefix: int, suffix: int) -> list[Shape]:
+    """Every shape that the default recipe quantizes; tokens over all observations."""
+    found: dict[tuple[str, int, int, int], list[str]] = {}
+    sharing = {n: len(site.consumers) for site in policy.sites() for n in site.consumers}
+    for job in plan(policy, preset("omega"), policy.num_steps):
+        steps = 1 if job.num_steps is None else job.num_steps
+        tokens = SAMPLES * (prefix if job.num_steps is None else suffix * steps)
+        found.setdefault((job.side, *job.shape, tokens), []).append(job.name)
+    return [
+        Shape(
+            side,
+            rows,
+            width,
+            len(names),
+            len(names) / sum(1 / sharing[n] for n in names),
+            tokens,
+        )
+        for (side, rows, width, tokens), names in found.items()
+    ]
+
+
+def inputs(shape: Shape) -> Tensor:
+    """bfloat16 [tokens, width] with a few channels tens of times the others."""
+    generator = torch.Generator().manual_seed(shape.width)
+    x = torch.empty(shape.tokens, shape.width).normal_(generator=generator)
+    x[:, :: shape.width // 8] *= 20
+    return x.bfloat16()
+
+
+def measure(shape: Shape, whole_pass: float, layers: int) -> Row:
+    """Both procedures on one layer."""
+    x = inputs(shape)
+    weight = torch.empty(shape.rows, shape.width).normal_(
+        generator=torch.Generator().manual_seed(shape.rows)
+    )
+    weight *= shape.width**-0.5
+
+    def their_hessian() -> Tensor:
+        hessian = torch.zeros(shape.width, shape.width)
+        for part in x.split(1024):
+            wide = part.float()
+            hessian += wide.T @ wide
+        return hessian / len(x)
+
+    def our_stats() -> LayerStats:
+        hessian = torch.zeros(shape.width, shape.width)
+        energy, count = torch.zeros(shape.width, dtype=torch.float64), 0
+        for part in x.split(2048):
+            found, counted = robust_energy(part.float())
+            energy += found
+            count += counted
+            with exact_products(part.dtype):
+                add_gram_(hessian, part.float())
+        mirror_(hessian.div_(len(x)), to="lower")
+        profile = (energy / count).sqrt().float()
+        return LayerStats(hessian, profile, (x[:1].float(),), len(x))
+
+    their_time, hessian = clock(their_hessian)
+    their_round, _ = clock(partial(published_rounding, weight, hessian))
+    del hessian
+    our_time, stats = clock(our_stats)
+    side = getattr(preset("omega"), shape.side)
+
+    def our_layer() -> Any:
+        return quantize_layer(
+            "layer", shape.side, weight, None, side.scheme, stats, None, consume=True
+        )
+
+    our_round, _ = clock(our_layer)
+    return Row(
+        shape.side,
+        shape.rows,
+        shape.width,
+        shape.count,
+        whole_pass,
+        their_time,
+        their_round,
+        whole_pass / layers,
+        our_time / shape.sharing,
+        our_round,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| side | out x in | layers | published: pass + Hessian + rounding | ours | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        theirs = " + ".join(
+            f"{t:.1f}" for t in (row.published_pass, row.published_hessian, row.published_round)
+        )
+        ours = " + ".join(f"{t:.2f}" for t in (row.ours_pass, row.ours_hessian, row.ours_round))
+        lines.append(
+            f"| {row.side} | {row.rows} x {row.width} | {row.count} | {theirs} = "
+            f"{row.published:.1f} s | {ours} = {row.ours:.1f} s | {row.published / row.ours:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Ratio over all layers (weighted by their number) and geometric mean over the shapes."""
+    theirs = sum(row.published * row.count for row in rows)
+    ours = sum(row.ours * row.count for row in rows)
+    logs = [math.log(row.published / row.ours) for row in rows]
+    return {
+        "published_s": theirs,
+        "ours_s": ours,
+        "ratio_total": theirs / ours,
+        "ratio_geometric": math.exp(sum(logs) / len(logs)),
+    }
+
+
+def main() -> None:
+    """Measure one family and write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("family", choices=["pi05", "groot_n15"])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("observations", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    policy = load_policy(args.checkpoint, dtype=torch.bfloat16)
+    observation = read_observations(args.observations).observations[0]
+    policy.infer(observation, seed=0)  # memory is touched, caches are warm
+    one, _ = clock(partial(policy.infer, observation, seed=1))
+    prepared = policy.prepare([observation])
+    if isinstance(policy, Pi05Policy):
+        images = 256 * sum(int(mask.sum()) for mask in prepared.image_masks)
+        prefix = images + int(prepared.token_mask.sum())
+    else:
+        prefix = prepared.input_ids.shape[1]
+    suffix = policy.action_horizon + (0 if args.family == "pi05" else 33)
+    todo = shapes(policy, prefix, suffix)
+    layers = sum(shape.count for shape in todo)
+    del policy
+    rows = []
+    for shape in todo:
+        rows.append(measure(shape, one * SAMPLES, layers))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    found = summary(rows)
+    print(found)
+    if args.json:
+        record = {
+            "family": args.family,
+            "threads": args.threads,
+            "samples": SAMPLES,
+            "pass_of_one_observation_s": one,
+            "rows": [asdict(row) for row in rows],
+            **found,
+            "environment": environment(),
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
