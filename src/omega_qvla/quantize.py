@@ -151,7 +151,7 @@ def quantize_policy(
     settings = _Settings(steps, token_cap, seed)
     origin: dict[str, Any] = {}
     if needed:
-        origin = _origin(policy, samples, calibration, settings, source)
+        origin = _origin(policy, weights, samples, calibration, settings, source)
     if cascade:
         _check_cascade(recipe, jobs, samples)
         origin["cascade"] = True
@@ -265,6 +265,7 @@ def _restrict(recipe: Recipe, sides: Sequence[str]) -> Recipe:
 
 def _origin(
     policy: Policy,
+    weights: Weights,
     samples: ObservationSet | None,
     calibration: Calibration | None,
     settings: _Settings,
@@ -276,7 +277,9 @@ def _origin(
             raise CalibrationError(
                 "this recipe needs calibration: give samples, or a calibration of this checkpoint"
             )
-        return provenance(policy, samples, source=source, **dataclasses.asdict(settings))
+        return provenance(
+            policy, samples, source=source, dtype=weights.dtype, **dataclasses.asdict(settings)
+        )
     origin = dict(calibration.provenance)
     if origin.get("checkpoint_sha256") != source_digest(source):
         raise CalibrationError(

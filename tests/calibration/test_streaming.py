@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from omega_qvla.policies.base import Policy
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy, save_policy, source_hashes
 from omega_qvla.policies.weights import ResidentWeights, StoredWeights, open_policy
-from omega_qvla.quantize import BuildReport, quantize_policy
+from omega_qvla.quantize import BuildReport, Progress, quantize_policy
 from policies.tiny import TINY, tiny_pi05
 
 OMEGA, PAPER = preset("omega"), preset("omega-paper")
@@ -190,3 +191,44 @@ def test_the_report_accounts_for_the_time(folder: Path, tmp_path: Path) -> None:
     assert report.built == report.layers == len(all_targets(policy))
     assert all(spent.wall >= 0 for spent in report.phases.values())
     assert report.peak_memory > 1 << 20
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nothing catches it."""
+
+
+def test_a_killed_build_from_the_files_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    def build(out: str, stop: int | None = None) -> Path:
+        def progress(event: Progress) -> None:
+            if event.stage == "quantizing" and event.done == stop:
+                raise Killed
+
+        policy, weights = open_policy(folder)
+        return quantize_policy(
+            policy,
+            OMEGA,
+            tiny_samples(),
+            out=tmp_path / out,
+            weights=weights,
+            progress=progress,
+        )
+
+    whole = build("whole")
+    # In the middle of a language layer; between the stages; in a block of the head.
+    for stop in (3, 9, 20):
+        with pytest.raises(Killed):
+            build("cut", stop)
+        assert threading.active_count() == 1
+    assert build("cut").read_bytes() == whole.read_bytes()
+
+
+def test_the_share_of_the_work_grows_to_all_of_it() -> None:
+    events: list[Progress] = []
+    policy = tiny_pi05()
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_policy(
+            policy, OMEGA, tiny_samples(), out=Path(folder) / "p", progress=events.append
+        )
+    shares = [event.share for event in events]
+    assert shares == sorted(shares)
+    assert shares[0] == 0.0 and shares[-1] == pytest.approx(1.0)

@@ -66,45 +66,51 @@ def _round_columns(
 
 
 def _sweep(
-    weight: Tensor, factor: Tensor, step: Tensor, bits: int, block: int
+    original: Tensor, factor: Tensor, step: Tensor, bits: int, block: int
 ) -> tuple[Tensor, Tensor]:
-    """All columns of weight [out, in] in order, in blocks.
+    """All columns of a weight in order, in blocks; a column is a row here: original [in, out].
 
     factor: M with M M^T = H + lambda I in its upper triangle [in, in]; the rest is not looked
-    at. With e = w - q s, entry j of e M is
+    at. step: [in, out], or [1, out]. With e = w - q s, entry j of e M is
     M_jj (w_j + sum_{i<j} e_i M_ij / M_jj - q_j s_j): rounding what is in brackets, column by
     column, is the greedy minimisation of |e M|^2 = e (H + lambda I) e^T, and is GPTQ, without
-    the inverse. Returns (integers int8 [out, in], |e M|^2 float64 [out]).
+    the inverse. Returns (integers int8 [in, out], |e M|^2 float64 [out]).
     """
     pivots = factor.diagonal().clone()
-    columns = weight.T.clone(memory_format=torch.contiguous_format)
-    q = torch.empty(columns.shape, dtype=torch.int8, device=weight.device)
-    reached = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    columns = original.clone()
+    q = torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
+    reached = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
     for start in range(0, len(columns), block):
         end = min(start + block, len(columns))
         part = slice(start, end)
-        steps = step[:, part].T.contiguous()
-        original = weight[:, part].T.contiguous()
+        steps = step[part] if len(step) > 1 else step.expand(end - start, -1)
         coupling = factor[part, part] / pivots[part]
-        rounded, errors = _round_columns(columns[part], original, coupling, steps, bits)
-        q[part] = rounded.to(torch.int8)
-        left = (columns[part] - rounded * steps) * pivots[part, None]
-        reached += left.square().sum(0, dtype=torch.float64)
+        rounded, errors = _round_columns(columns[part], original[part], coupling, steps, bits)
+        q[part] = rounded
+        left = torch.addcmul(columns[part], rounded, steps, value=-1).mul_(pivots[part, None])
+        reached += left.square_().sum(0, dtype=torch.float64)
         for first in range(end, len(columns), _PANEL):
             after = slice(first, min(first + _PANEL, len(columns)))
             columns[after].addmm_((factor[part, after] / pivots[after]).T, errors)
-    return q.T, reached
+    return q, reached
 
 
-def _factor_objective(error: Tensor, factor: Tensor) -> Tensor:
-    """|e M|^2 of each row e of error [out, in], float64 [out]; M upper triangular."""
-    total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
-    for start in range(0, error.shape[1], _PANEL):
-        part = slice(start, min(start + _PANEL, error.shape[1]))
-        product = error[:, part] @ factor[part, part].triu()
-        product.addmm_(error[:, :start], factor[:start, part])
-        total += product.square_().sum(1, dtype=torch.float64)
-    return total
+def _plain_is_better(error: Tensor, factor: Tensor, added: float, reached: Tensor) -> Tensor:
+    """Whether e H e^T = |e M|^2 - lambda |e|^2 < reached: bool [out], errors e^T [in, out].
+
+    The terms of |e M|^2 are not negative, so a row is decided as soon as enough of them are
+    summed; the first columns are the cheapest, and often the first third is enough.
+    """
+    bar = reached + added * _squares(error)
+    total = torch.zeros_like(bar)
+    for start in range(0, len(error), _PANEL):
+        part = slice(start, min(start + _PANEL, len(error)))
+        product = factor[part, part].triu().T @ error[part]
+        product.addmm_(factor[:start, part].T, error[:start])
+        total += _squares(product)
+        if bool((total >= bar).all()):
+            break
+    return total < bar
 
 
 def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
@@ -160,7 +166,6 @@ def gptq(
     with phase("scales"):
         scale = weight_scales(weight, bits, group, grid, store=store)
         nearest = round_weight(weight, scale, bits, group)
-    step = expand_groups(scale, weight.shape[1], group)
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -169,18 +174,24 @@ def gptq(
         factor, added = _factored(_ordered(hessian, order, act_order, exact, consume), damp)
         factor = factor.to(weight.dtype)
     with phase("round"):
-        ordered, steps = (weight[:, order], step[:, order]) if act_order else (weight, step)
-        swept, reached = _sweep(ordered, factor, steps, bits, block)
+        # Turned and in order: what follows walks along columns, which lie apart in a weight.
+        turned = weight.T.contiguous()[order]
+        steps = scale.T.contiguous()
+        if group is not None:
+            steps = expand_groups(scale, weight.shape[1], group).T[order]
+        swept, reached = _sweep(turned, factor, steps, bits, block)
         q = torch.empty_like(swept)
-        q[:, order] = swept
+        q[order] = swept
+        q = q.T.contiguous()
         if exact:
+            step = expand_groups(scale, weight.shape[1], group)
             reached = row_objective(weight, q * step, hessian)
-            plain = row_objective(weight, nearest * step, hessian)
+            worse = reached > row_objective(weight, nearest * step, hessian)
         else:
-            reached -= added * _squares(ordered - swept * steps)
-            error = ordered - nearest[:, order] * steps
-            plain = _factor_objective(error, factor) - added * _squares(error)
-    return torch.where((reached > plain)[:, None], nearest, q), scale
+            reached -= added * _squares(torch.addcmul(turned, swept, steps, value=-1))
+            error = turned.addcmul_(nearest.T.contiguous()[order], steps, value=-1)
+            worse = _plain_is_better(error, factor, added, reached)
+    return torch.where(worse[:, None], nearest, q), scale
 
 
 def _ordered(hessian: Tensor, order: Tensor, reorder: bool, exact: bool, consume: bool) -> Tensor:
@@ -192,8 +203,9 @@ def _ordered(hessian: Tensor, order: Tensor, reorder: bool, exact: bool, consume
     return both_sides_(h, lambda rows: rows[:, order]) if reorder else h
 
 
-def _squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(1, dtype=torch.float64)
+def _squares(turned: Tensor) -> Tensor:
+    """Squared length of each row of a weight [out], given as [in, out]."""
+    return turned.square().sum(0, dtype=torch.float64)
 
 
 def gptq_block(
@@ -228,8 +240,9 @@ def gptq_block(
             part = slice(start, min(start + block, weight.shape[1]))
             own = hessian[part, part].double()
             factor, _ = _factored((own + own.T) / 2, damp)
-            q, _ = _sweep(weight[:, part], factor.to(weight.dtype), step[:, part], bits, block)
-            parts.append(q)
+            turned, steps = weight[:, part].T.contiguous(), step[:, part].T.contiguous()
+            q, _ = _sweep(turned, factor.to(weight.dtype), steps, bits, block)
+            parts.append(q.T)
     return torch.cat(parts, dim=1), scale
 
 

@@ -29,6 +29,11 @@ from omega_qvla.policies.registry import Outline, read_outline, source_hash, ten
 class Weights(Protocol):
     """The weights of one network."""
 
+    @property
+    def dtype(self) -> str:
+        """What most of the network runs in, e.g. `bfloat16`."""
+        ...
+
     def hashes(self) -> dict[str, str]:
         """Tensor name -> sha256, as `registry.source_hashes` has it."""
         ...
@@ -38,11 +43,23 @@ class Weights(Protocol):
         ...
 
 
+def main_dtype(module: nn.Module) -> str:
+    """The dtype that most of a network's numbers have, e.g. `float32`."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in module.state_dict().values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return str(max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.")
+
+
 class ResidentWeights:
     """The weights of a network that is in memory as a whole."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+
+    @property
+    def dtype(self) -> str:
+        return main_dtype(self._module)
 
     def hashes(self) -> dict[str, str]:
         with phase("load"):
@@ -70,6 +87,10 @@ class StoredWeights:
         self._device, self._dtype = device, dtype
         self._names = network_names(outline.files, outline.layout, self._module)
         self._stored = {name: stored for stored, name in self._names.items()}
+
+    @property
+    def dtype(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
 
     def hashes(self) -> dict[str, str]:
         """As `Weights.hashes`. Raises CheckpointError: tied tensors that differ."""
