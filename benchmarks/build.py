@@ -14,8 +14,8 @@ shape, on the same data and the same number of threads:
   smoothed, rotated and rounded by full GPTQ (`quantize_layer`), with a residual of rank 4 in
   the action head.
 
-A pass of the whole policy is timed on one observation and multiplied by their number. Inputs
-of the layers are random with a few large channels, weights are random.
+A pass of the whole policy is timed on one observation (without reading weights) and multiplied
+by their number. Inputs of the layers are random with a few large channels, weights are random.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,18 @@ from torch import Tensor
 
 from omega_qvla.calibration.observers import exact_products
 from omega_qvla.calibration.samples import read_observations
+from omega_qvla.calibration.streaming import stream
 from omega_qvla.config.presets import preset
 from omega_qvla.evaluation.environment import environment
+from omega_qvla.numerics.phases import Stopwatch
 from omega_qvla.numerics.quantize_layer import quantize_layer
 from omega_qvla.numerics.smoothing import robust_energy
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.numerics.symmetric import add_gram_, mirror_
+from omega_qvla.policies.base import Policy
+from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.pi05.policy import Pi05Policy
-from omega_qvla.policies.registry import load_policy
+from omega_qvla.policies.weights import Weights, open_policy
 from omega_qvla.quantize import plan
 
 SAMPLES = 10
@@ -75,6 +79,10 @@ class Row:
     ours_pass: float
     ours_hessian: float
     ours_round: float
+
+    def charged(self, one_pass: float, layers: int) -> Row:
+        """With the policy's passes: one per layer for them, one for all layers for us."""
+        return replace(self, published_pass=one_pass, ours_pass=one_pass / layers)
 
     @property
     def published(self) -> float:
@@ -155,8 +163,8 @@ def inputs(shape: Shape) -> Tensor:
     return x.bfloat16()
 
 
-def measure(shape: Shape, whole_pass: float, layers: int) -> Row:
-    """Both procedures on one layer."""
+def measure(shape: Shape) -> Row:
+    """Both procedures on one layer, the passes of the policy not yet charged."""
     x = inputs(shape)
     weight = torch.empty(shape.rows, shape.width).normal_(
         generator=torch.Generator().manual_seed(shape.rows)
@@ -200,13 +208,36 @@ def measure(shape: Shape, whole_pass: float, layers: int) -> Row:
         shape.rows,
         shape.width,
         shape.count,
-        whole_pass,
+        0.0,
         their_time,
         their_round,
-        whole_pass / layers,
+        0.0,
         our_time / shape.sharing,
         our_round,
     )
+
+
+def lengths(policy: Policy, observation: Observation) -> tuple[int, int]:
+    """Tokens of the prefix and of one denoising step."""
+    with torch.device("cpu"):
+        prepared = policy.processor.prepare([observation])  # type: ignore[attr-defined]
+    if isinstance(policy, Pi05Policy):
+        images = 256 * sum(int(mask.sum()) for mask in prepared.image_masks)
+        return images + int(prepared.token_mask.sum()), policy.action_horizon
+    return prepared.input_ids.shape[1], policy.action_horizon + 33  # state, future tokens
+
+
+def time_of_pass(policy: Policy, weights: Weights, observation: Observation) -> float:
+    """Seconds that the whole policy runs for one observation; reading its weights is left out.
+
+    The last layer is watched, so that the inference goes to its end; its block is run twice.
+    """
+    name = plan(policy, preset("omega"), policy.num_steps)[-1].name
+    watch = Stopwatch()
+    with watch.running():
+        for _ in stream(policy, weights, [observation], [name], token_cap=1):
+            pass
+    return watch.phases["collect"].wall
 
 
 def table(rows: list[Row]) -> str:
@@ -250,26 +281,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    policy = load_policy(args.checkpoint, dtype=torch.bfloat16)
+    policy, weights = open_policy(args.checkpoint, dtype=torch.bfloat16)
     observation = read_observations(args.observations).observations[0]
-    policy.infer(observation, seed=0)  # memory is touched, caches are warm
-    one, _ = clock(partial(policy.infer, observation, seed=1))
-    prepared = policy.prepare([observation])
-    if isinstance(policy, Pi05Policy):
-        images = 256 * sum(int(mask.sum()) for mask in prepared.image_masks)
-        prefix = images + int(prepared.token_mask.sum())
-    else:
-        prefix = prepared.input_ids.shape[1]
-    suffix = policy.action_horizon + (0 if args.family == "pi05" else 33)
-    todo = shapes(policy, prefix, suffix)
+    todo = shapes(policy, *lengths(policy, observation))
     layers = sum(shape.count for shape in todo)
-    del policy
-    rows = []
+    measured = []
     for shape in todo:
-        rows.append(measure(shape, one * SAMPLES, layers))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        measured.append(measure(shape))
+        print(measured[-1], flush=True)
+    one = time_of_pass(policy, weights, observation)
+    rows = [row.charged(one * SAMPLES, layers) for row in measured]
     found = summary(rows)
-    print(found)
+    print(table(rows), found, sep="\n\n")
     if args.json:
         record = {
             "family": args.family,
