@@ -16,6 +16,7 @@ shape, on the same data and the same number of threads:
 
 A pass of the whole policy is timed on one observation (without reading weights) and multiplied
 by their number. Inputs of the layers are random with a few large channels, weights are random.
+Shapes that OUT already holds are not measured again, so a run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("family", choices=["pi05", "groot_n15"])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("observations", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -285,25 +286,41 @@ def main() -> None:
     observation = read_observations(args.observations).observations[0]
     todo = shapes(policy, *lengths(policy, observation))
     layers = sum(shape.count for shape in todo)
-    measured = []
+    record = read_record(args)
+    known = {(row["side"], row["rows"], row["width"]): Row(**row) for row in record["rows"]}
+    rows = []
     for shape in todo:
-        measured.append(measure(shape))
-        print(measured[-1], flush=True)
+        found = known.get((shape.side, shape.rows, shape.width))
+        rows.append(measure(shape) if found is None else found)
+        write_record(args, record, rows)
+        print(rows[-1], flush=True)
     one = time_of_pass(policy, weights, observation)
-    rows = [row.charged(one * SAMPLES, layers) for row in measured]
-    found = summary(rows)
-    print(table(rows), found, sep="\n\n")
-    if args.json:
-        record = {
-            "family": args.family,
-            "threads": args.threads,
-            "samples": SAMPLES,
-            "pass_of_one_observation_s": one,
-            "rows": [asdict(row) for row in rows],
-            **found,
-            "environment": environment(),
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    rows = [row.charged(one * SAMPLES, layers) for row in rows]
+    totals = summary(rows)
+    print(table(rows), totals, sep="\n\n")
+    write_record(args, {**record, "pass_of_one_observation_s": one, **totals}, rows)
+
+
+def read_record(args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run has measured, or an empty record."""
+    if args.json.exists():
+        record: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8"))
+        if (record["family"], record["threads"]) != (args.family, args.threads):
+            raise SystemExit(f"{args.json} is of another family or number of threads")
+        return record
+    return {
+        "family": args.family,
+        "threads": args.threads,
+        "samples": SAMPLES,
+        "rows": [],
+        "environment": environment(),
+    }
+
+
+def write_record(args: argparse.Namespace, record: dict[str, Any], rows: list[Row]) -> None:
+    """Everything measured so far."""
+    text = json.dumps({**record, "rows": [asdict(row) for row in rows]}, indent=1)
+    args.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
