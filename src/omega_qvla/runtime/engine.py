@@ -109,6 +109,11 @@ class Engine:
         """Name of the backend of the quantized layers; "none" in full precision."""
         return "none" if self.report is None else self.report.backend
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names that `Observation.images` must have."""
+        return self.policy.cameras
+
     def infer(
         self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
     ) -> np.ndarray:
