@@ -147,6 +147,8 @@ def test_a_checkpoint_of_another_robot_is_refused_before_anything_runs(
     monkeypatch.setattr(DriftEnv, "cameras", ("front", "wrist"))
     with pytest.raises(ConfigError, match="has front, wrist, and lacks base"):
         make_plan(parsed(*words))
+    monkeypatch.setattr(DriftEnv, "cameras", property(lambda env: ()))  # an instance knows
+    make_plan(parsed(*words))
     monkeypatch.undo()
     monkeypatch.setattr(DriftEnv, "action_dim", 7)
     with pytest.raises(ConfigError, match=r"4 entries, those of .* 7: .* another robot"):

@@ -26,22 +26,6 @@ def path_for_workers():
     return f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
 
 
-@pytest.fixture(scope="session")
-def ray():
-    """Ray on this machine, once for all tests: starting it takes seconds."""
-    found = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[cluster]'")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    found.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path_for_workers()}},
-    )
-    yield found
-    found.shutdown()
-
-
 @pytest.mark.ray
 def test_the_same_records_as_in_one_process_and_in_a_pool(ray, arms, tmp_path):
     two = arms[1:]

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from omega_qvla.errors import EvaluationError
-from omega_qvla.evaluation.arms import arm_fingerprint
 from omega_qvla.evaluation.executor import run_evaluation
 from omega_qvla.evaluation.plan import Plan, episodes
+from omega_qvla.evaluation.policies import arm_fingerprint
 from omega_qvla.evaluation.records import Arm, Protocol
 from omega_qvla.policies.registry import load_policy, save_policy
 from omega_qvla.serving.server import PolicyServer, describe

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import ConfigError, EvaluationError
-from omega_qvla.evaluation.arms import arm_fingerprint, load_policy
+from omega_qvla.evaluation.policies import arm_fingerprint, load_policy
 from omega_qvla.evaluation.records import Arm, Episode, Protocol
 from omega_qvla.evaluation.rollout import run_episode
 from omega_qvla.evaluation.scripted import OraclePolicy, RandomPolicy

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from omega_qvla.cli.loading import loading, pack_options
 from omega_qvla.cli.parsing import at_least, unique
 from omega_qvla.errors import ConfigError
 
 if TYPE_CHECKING:
+    from omega_qvla.cli.checkpoints import Checkpoint
     from omega_qvla.envs.libero_protocol import LiberoProtocol
     from omega_qvla.evaluation.executor import Executor
     from omega_qvla.evaluation.plan import Plan
@@ -149,7 +150,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.evaluation.plan import Plan, episodes
 
-    outline = None if args.checkpoint is None else open_checkpoint(args.checkpoint)
+    options = loading(args)
+    outline = None if args.checkpoint is None else open_checkpoint(args.checkpoint, **options)
     size = None if outline is None else outline.image_size
     world = _libero(args) if args.suite else _other(args, size)
     if outline is not None:
@@ -157,7 +159,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     index, count = args.shard
     chosen: tuple[Episode, ...] = episodes(list(world.tasks), world.seeds)[index::count]
     return Plan(
-        arms=_arms(args, SCRIPTED if outline is None else outline.family),
+        arms=_arms(args, outline, options),
         episodes=chosen,
         protocol=world.protocol,
         env=world.env,
@@ -217,15 +219,15 @@ def _check_fits(world: _World, policy: Policy) -> None:
     from omega_qvla.evaluation.plan import resolve
 
     made = resolve(world.env)
-    cameras = getattr(made, "cameras", None)
-    missing = [] if cameras is None else [c for c in policy.cameras if c not in cameras]
-    if missing:
+    # What only an instance knows (a property) is found out at its first episode.
+    cameras, width = getattr(made, "cameras", None), getattr(made, "action_dim", None)
+    if isinstance(cameras, tuple) and not set(policy.cameras) <= set(cameras):
+        missing = [camera for camera in policy.cameras if camera not in cameras]
         raise ConfigError(
             f"the policy looks through the cameras {', '.join(policy.cameras)}; {world.env} has "
-            f"{', '.join(cameras or ())}, and lacks {', '.join(missing)}"
+            f"{', '.join(cameras)}, and lacks {', '.join(missing)}"
         )
-    width = getattr(made, "action_dim", policy.action_dim)
-    if policy.action_dim != width:
+    if isinstance(width, int) and policy.action_dim != width:
         raise ConfigError(
             f"the policy's actions have {policy.action_dim} entries, those of {world.env} {width}: "
             "this checkpoint was trained for another robot"
@@ -237,46 +239,80 @@ def _check_fits(world: _World, policy: Policy) -> None:
         )
 
 
-def _arms(args: argparse.Namespace, family: str) -> tuple[Arm, ...]:
-    from omega_qvla.bundle.manifest import is_bundle
+def _arms(
+    args: argparse.Namespace, outline: Checkpoint | None, options: Mapping[str, Any]
+) -> tuple[Arm, ...]:
     from omega_qvla.evaluation.records import REFERENCE
 
-    if args.checkpoint is None and args.arm:
+    if outline is None and args.arm:
         raise ConfigError("--arm is a pack of a checkpoint: give the checkpoint as well")
-    arms = [] if args.checkpoint is None else _checkpoint_arms(args, family)
+    arms = [] if outline is None else _checkpoint_arms(args, outline, options)
+    family = SCRIPTED if outline is None else outline.family
     arms += [_policy_arm(text, args, family) for text in args.policy or ()]
     if not arms:
         raise ConfigError(
             "nothing to evaluate: give a checkpoint, --arm LABEL=PACK, or --policy NAME"
         )
-    reference = BUNDLE if args.checkpoint and is_bundle(args.checkpoint) else REFERENCE
     labels = [arm.label for arm in arms]
     for label in labels:
         if labels.count(label) > 1:
-            what = "the checkpoint itself" if label == reference else "given twice"
+            what = "the checkpoint itself" if label in (REFERENCE, BUNDLE) else "given twice"
             raise ConfigError(f"the arm {label!r} is {what}; every arm a name of its own")
     return tuple(arms)
 
 
-def _checkpoint_arms(args: argparse.Namespace, family: str) -> list[Arm]:
+def _checkpoint_arms(
+    args: argparse.Namespace, outline: Checkpoint, options: Mapping[str, Any]
+) -> list[Arm]:
+    """The checkpoint (or the bundle in its place), and its packs."""
     from omega_qvla.bundle.manifest import is_bundle
-    from omega_qvla.evaluation.records import REFERENCE, Arm
+    from omega_qvla.evaluation.records import REFERENCE
 
-    bundled = is_bundle(args.checkpoint)
-    whole = Arm(
-        BUNDLE if bundled else REFERENCE, str(args.checkpoint), family, args.variant,
-        backend=args.backend, device=args.device,
-    )  # fmt: skip
-    arms = [] if args.no_reference else [whole]
+    bundled = is_bundle(outline.path)
+    packs: dict[str, str | None] = {}
+    if not args.no_reference:
+        packs[BUNDLE if bundled else REFERENCE] = None
     for label, pack in unique(args.arm, "arm").items():
         if label == REFERENCE:
             raise ConfigError(f"the arm {REFERENCE!r} is the checkpoint itself; rename the pack's")
         if bundled:
             raise ConfigError(f"{args.checkpoint} is a bundle: it takes no pack, leave {label} out")
-        own = replace(whole, label=label)
-        standing_alone = is_bundle(pack)
-        arms.append(replace(own, checkpoint=pack) if standing_alone else replace(own, pack=pack))
-    return arms
+        packs[label] = pack
+    if args.act_bits is not None and not any(packs.values()) and not bundled:
+        raise ConfigError("--act-bits are of a pack's activations: give --arm LABEL=PACK")
+    return [_checkpoint_arm(args, label, pack, outline, options) for label, pack in packs.items()]
+
+
+def _checkpoint_arm(
+    args: argparse.Namespace,
+    label: str,
+    pack: str | None,
+    outline: Checkpoint,
+    options: Mapping[str, Any],
+) -> Arm:
+    """The checkpoint (or the bundle in its place), the checkpoint with a pack, or a bundle."""
+    from omega_qvla.bundle.manifest import is_bundle
+    from omega_qvla.evaluation.records import Arm
+
+    subject = str(outline.path) if pack is None or not is_bundle(pack) else pack
+    quantized = pack is not None or is_bundle(subject)
+    settled: dict[str, Any] = pack_options(args) if quantized else {}
+    if not is_bundle(subject):
+        settled |= {
+            "settings": options["settings"],
+            "tokenizer": None if args.tokenizer is None else str(args.tokenizer),
+            "offline": args.offline,
+            "pack": pack,
+        }
+    return Arm(
+        label,
+        subject,
+        outline.family,
+        args.variant,
+        backend=args.backend,
+        device=args.device,
+        **settled,
+    )
 
 
 def _policy_arm(text: str, args: argparse.Namespace, family: str) -> Arm:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.eval_plan import configure_executor, configure_world, make_executor, make_plan
 from omega_qvla.cli.formats import percent
-from omega_qvla.cli.parsing import add_backend, labelled
+from omega_qvla.cli.loading import add_pack_options
+from omega_qvla.cli.parsing import add_backend, add_checkpoint, labelled
 from omega_qvla.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,13 +40,7 @@ EXAMPLES = """\
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        nargs="?",
-        metavar="CHECKPOINT",
-        help="directory of a pi0.5 (openpi) or GR00T N1.5 checkpoint",
-    )
+    add_checkpoint(parser, optional=True)
     parser.add_argument("--out", type=Path, required=True, help="results file (JSON lines)")
     parser.add_argument(
         "--arm",
@@ -79,6 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     configure_world(parser)
     configure_executor(parser)
+    add_pack_options(parser)
     add_backend(parser)
 
 

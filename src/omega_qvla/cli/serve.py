@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import add_backend, add_checkpoint, at_least
 
 DESCRIPTION = """\
@@ -30,19 +31,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=at_least(0), default=8000, help="0: a free one (default: 8000)"
     )
+    add_pack_options(parser)
     add_backend(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Load, and serve until interrupted."""
-    from omega_qvla.evaluation.arms import arm_fingerprint
+    from omega_qvla.bundle.manifest import is_bundle
+    from omega_qvla.cli.checkpoints import open_checkpoint
+    from omega_qvla.evaluation.policies import arm_fingerprint
     from omega_qvla.evaluation.records import Arm
     from omega_qvla.runtime.engine import Engine
     from omega_qvla.serving.server import PolicyServer, describe
 
-    engine = Engine.load(args.checkpoint, args.pack, backend=args.backend, device=args.device)
+    options = loading(args)
+    path = open_checkpoint(args.checkpoint, **options).path
+    quantized = args.pack is not None or is_bundle(path)
+    engine = Engine.load(
+        path,
+        args.pack,
+        backend=args.backend,
+        device=args.device,
+        **options,
+        **(pack_options(args) if quantized else {}),
+    )
     pack = None if args.pack is None else str(args.pack)
-    arm = Arm("served", str(args.checkpoint), engine.policy.family, pack=pack, device=args.device)
+    arm = Arm("served", str(path), engine.policy.family, pack=pack, device=args.device)
     metadata = describe(engine.policy, engine.backend, arm_fingerprint(arm, "", {}))
     server = PolicyServer(engine.policy, metadata, args.host, args.port)
     server.serve_forever(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from omega_qvla.errors import BackendError, ConfigError, EvaluationError
-from omega_qvla.evaluation.arms import is_local
 from omega_qvla.evaluation.cluster_worker import EnvWorker, PolicyLost, PolicyWorker
 from omega_qvla.evaluation.plan import Plan
+from omega_qvla.evaluation.policies import is_local
 from omega_qvla.evaluation.records import Arm, EpisodeRecord
 from omega_qvla.evaluation.schedule import Schedule
 from omega_qvla.evaluation.worker import Failure, Job

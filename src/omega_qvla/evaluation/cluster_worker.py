@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from omega_qvla.errors import ActionError, EvaluationError
-from omega_qvla.evaluation.arms import arm_fingerprint, is_local, load_policy
 from omega_qvla.evaluation.plan import Plan
+from omega_qvla.evaluation.policies import arm_fingerprint, is_local, load_policy
 from omega_qvla.evaluation.records import Arm, EpisodeRecord, Trace
 from omega_qvla.evaluation.results import differences
 from omega_qvla.evaluation.worker import Failure, Job, Player, one_thread

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from omega_qvla.errors import ConfigError
-from omega_qvla.evaluation import arms
+from omega_qvla.evaluation import policies
 from omega_qvla.evaluation.environment import gl_backend, versions
 from omega_qvla.evaluation.records import Arm, Episode, Protocol
 
@@ -68,7 +68,7 @@ class Plan:
     def arm_fingerprints(self) -> dict[str, dict[str, str]]:
         """Per arm: what its results depend on, see `arm_fingerprint`."""
         hashes: dict[str, str] = {}
-        return {str(arm.key): arms.arm_fingerprint(arm, self.env, hashes) for arm in self.arms}
+        return {str(arm.key): policies.arm_fingerprint(arm, self.env, hashes) for arm in self.arms}
 
     def to_dict(self) -> dict[str, Any]:
         """How to play it again: arms with their paths, environment, loader. JSON-ready."""
@@ -91,4 +91,4 @@ def resolve(target: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is no such function.
     """
-    return arms.resolve(target, ENVIRONMENTS)
+    return policies.resolve(target, ENVIRONMENTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,9 @@ class Arm:
     backend:    kernel backend for the pack.
     device:     torch device.
     policy:     None: the checkpoint's. Else what acts instead: "random", "oracle",
-                "served", or "module:function", see `omega_qvla.evaluation.arms`.
+                "served", or "module:function", see `omega_qvla.evaluation.policies`.
+    act_bits, missing: of the pack (or bundle), as of `Engine.load`.
+    settings, tokenizer, offline: of the checkpoint, as of `Engine.load`.
     """
 
     label: str
@@ -50,6 +52,11 @@ class Arm:
     backend: str = "auto"
     device: str = "cpu"
     policy: str | None = None
+    act_bits: int | None = None
+    missing: Literal["error", "fallback"] = "fallback"
+    settings: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    offline: bool = False
 
     @property
     def key(self) -> ArmKey:

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from omega_qvla.evaluation.arms import load_policy
 from omega_qvla.evaluation.plan import Plan, resolve
+from omega_qvla.evaluation.policies import load_policy
 from omega_qvla.evaluation.records import Arm, ArmKey, Episode, EpisodeRecord, Trace
 from omega_qvla.evaluation.rollout import run_episode
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.files import atomic_file
+from omega_qvla.pack.files import atomic_file, why_not_written
 from omega_qvla.pack.manifest import Manifest
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.pack.writer import write_pack
@@ -57,7 +57,7 @@ class PartialBuild:
         except ValueError as error:
             raise PackError(f"{file}: unreadable ({error}); delete {self.path}") from error
         except OSError as error:
-            raise PackError(f"{self.path}: cannot be written: {error}") from error
+            raise PackError(f"{self.path}: cannot be written: {why_not_written(error)}") from error
 
     def _check(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         keys = sorted(set(found) | set(expected))
@@ -76,10 +76,12 @@ class PartialBuild:
         """Keep a finished layer."""
         write_pack(self._files[layer.name], self._manifest, {layer.name: layer})
 
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """All layers. Raises PackError if a file is damaged or holds another layer."""
+    def layers(self, names: Sequence[str] | None = None) -> dict[str, QuantizedLayer]:
+        """Finished layers by name (default: all). Raises PackError if a file is damaged or
+        holds another layer."""
         result = {}
-        for name, path in self._files.items():
+        for name in self._files if names is None else names:
+            path = self._files[name]
             found = read_pack(path).layers
             if set(found) != {name}:
                 raise PackError(f"{path}: holds another layer than {name}; delete {self.path}")

@@ -99,7 +99,16 @@ def arm_fingerprint(arm: Arm, env: str, hashes: dict[str, str]) -> dict[str, str
             raise EvaluationError(f"arm {arm.key}: the policy {target!r} has no source file")
         return {"policy": arm.policy, "source": file_digest(Path(source), hashes)}
     found = {"backend": arm.backend, "device": arm.device}
-    found["checkpoint"] = checkpoint_digest(arm, hashes)
+    # What is not set is not in the fingerprint: results files from before it could be stay valid.
+    if arm.act_bits is not None:
+        found["act_bits"] = str(arm.act_bits)
+    if arm.settings:
+        found["settings"] = json.dumps(arm.settings, sort_keys=True)
+    if arm.tokenizer is not None:
+        found["tokenizer"] = tree_digest(Path(arm.tokenizer), hashes)
+    if not Path(arm.checkpoint).exists():
+        raise EvaluationError(f"arm {arm.key}: no checkpoint at {arm.checkpoint}")
+    found["checkpoint"] = tree_digest(Path(arm.checkpoint), hashes)
     if arm.pack is not None:
         if not Path(arm.pack).is_file():
             raise EvaluationError(f"arm {arm.key}: no pack at {arm.pack}")
@@ -107,21 +116,13 @@ def arm_fingerprint(arm: Arm, env: str, hashes: dict[str, str]) -> dict[str, str
     return found
 
 
-def checkpoint_digest(arm: Arm, hashes: dict[str, str]) -> str:
-    """SHA-256 over the names and the contents of the checkpoint's files.
-
-    Raises:
-        EvaluationError: there is nothing at the checkpoint's path.
-    """
-    checkpoint = Path(arm.checkpoint)
-    if not checkpoint.exists():
-        raise EvaluationError(f"arm {arm.key}: no checkpoint at {checkpoint}")
-    files = [checkpoint]
-    if checkpoint.is_dir():
-        files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+def tree_digest(root: Path, hashes: dict[str, str]) -> str:
+    """SHA-256 over the names and contents of a file or of all files of a folder."""
+    files = [root]
+    if root.is_dir():
+        files = sorted(path for path in root.rglob("*") if path.is_file())
     return _digest(
-        f"{path.relative_to(checkpoint) if path != checkpoint else path.name}"
-        f"={file_digest(path, hashes)}"
+        f"{path.relative_to(root) if path != root else path.name}={file_digest(path, hashes)}"
         for path in files
     )
 
