@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import add_checkpoint, add_device, at_least
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bf16", action="store_true", help="also full precision in bfloat16")
     parser.add_argument("--compile", action="store_true", help="also fp32 under torch.compile")
+    add_pack_options(parser)
     add_device(parser)
 
 
@@ -94,16 +96,18 @@ def _arms(args: argparse.Namespace, console: Console) -> dict[str, Policy]:
     from omega_qvla.runtime.engine import Engine
 
     console.note("loading")
-    arms = {"fp32": Engine.load(args.checkpoint, device=args.device).policy}
+    options = {"device": args.device, **loading(args)}
+    arms = {"fp32": Engine.load(args.checkpoint, **options).policy}
     if args.bf16:
-        policy = Engine.load(args.checkpoint, device=args.device, dtype=torch.bfloat16).policy
-        arms["bf16"] = policy
+        arms["bf16"] = Engine.load(args.checkpoint, dtype=torch.bfloat16, **options).policy
     if args.compile:
-        policy = Engine.load(args.checkpoint, device=args.device).policy
+        policy = Engine.load(args.checkpoint, **options).policy
         _compile(policy)
         arms["fp32 compiled"] = policy
     for backend in args.backends:
-        engine = Engine.load(args.checkpoint, args.pack, backend=backend, device=args.device)
+        engine = Engine.load(
+            args.checkpoint, args.pack, backend=backend, **options, **pack_options(args)
+        )
         arms[f"{args.pack.stem} {engine.backend}"] = engine.policy
     return arms
 
