@@ -8,6 +8,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 
@@ -122,6 +124,20 @@ void quantize(const omega::Linear& layer, uintptr_t x, int rows, int step, uintp
                    reinterpret_cast<float*>(scale));
 }
 
+// Billions of operations (two a product) a second, with nothing but products: a loop of
+// registers, the best of several short ones.
+double peak_rate(const std::string& isa) {
+    const omega::Isa& set = omega::find_isa(isa);
+    double best = 0.0;
+    for (int i = 0; i < 200; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        const long products = set.peak(2000);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best = std::max(best, 2e-9 * double(products) / took.count());
+    }
+    return best;
+}
+
 std::vector<std::string> isa_names() {
     std::vector<std::string> names;
     for (const omega::Isa* isa : omega::usable_isas()) names.emplace_back(isa->name);
@@ -132,6 +148,7 @@ std::vector<std::string> isa_names() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Quantized linear layers on the integer units of the CPU.";
+    m.def("peak_rate", &peak_rate, "isa"_a = "", "Most that an instruction set can do, in G/s.");
     m.def("isa_names", &isa_names, "Instruction sets that run here, fastest first.");
     nb::class_<omega::Linear>(m, "Linear", "A layer, repacked. See csrc/linear.hpp.")
         .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,

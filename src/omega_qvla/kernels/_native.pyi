@@ -3,6 +3,7 @@
 from typing import Any
 
 def isa_names() -> list[str]: ...
+def peak_rate(isa: str = "") -> float: ...
 
 class Linear:
     def __init__(

@@ -9,9 +9,9 @@ float32, rounded, in this order (docs/native.md has the reasons):
     width: butterflies inside each run of 2^k, then for each output the sum, from the first run to
     the last, of the runs with the signs of the base matrix. Dense blocks: sums in float64, rounded
     once. What is left out, norm = 1 / sqrt(order), goes into the scales.
-3.  Dynamic: step = max(absmax * (clip / qmax), smallest normal float), q = u * (1 / step), scale =
-    step * norm. Static: q = u * (norm / scale). q to the nearest integer, halves to even, cut to
-    qmin .. qmax.
+3.  scale = max(absmax(u) * (clip / qmax * norm), smallest normal float), or from the static
+    table; scales of groups are rounded to bfloat16. q = u * (norm / scale), to the nearest
+    integer, halves to even, cut to qmin .. qmax.
 4.  Integer sums of each segment (`arithmetic.segmentation`): exact, converted to float32. Each is
     multiplied by the group's activation scale, where groups have one, then by the group's weight
     scale, likewise, and added to the segments before it.
@@ -117,14 +117,12 @@ def quantize_input(
     low, high = qrange(act.bits)
     if act.static:
         assert layer.act_scale is not None
-        row = table_row(layer, step)
-        scale = layer.act_scale[row].expand(u.shape[0], -1)
-        inverse = arithmetic.static_inverse(layer)[row].expand(u.shape[0], -1)
+        scale = layer.act_scale[table_row(layer, step)].expand(u.shape[0], -1)
     else:
-        factor = arithmetic.clip_factor(act)
         peak = torch.stack([part.abs().amax(1) for part in torch.split(u, group, dim=1)], dim=1)
-        smallest = (peak * factor).clamp_min(arithmetic.TINY)
-        inverse, scale = 1.0 / smallest, smallest * arithmetic.rotation_norm(layer)
+        scale = (peak * arithmetic.clip_factor(layer)).clamp_min(arithmetic.TINY)
+    scale = arithmetic.round_scale(scale, layer)
+    inverse = arithmetic.inverse_scale(scale, layer)
     inverse = expand_groups(inverse, width, group)
     return (u * inverse).round().clamp(low, high), scale
 
