@@ -231,14 +231,16 @@ def lengths(policy: Policy, observation: Observation) -> tuple[int, int]:
 def time_of_pass(policy: Policy, weights: Weights, observation: Observation) -> float:
     """Seconds that the whole policy runs for one observation; reading its weights is left out.
 
-    The last layer is watched, so that the inference goes to its end; its block is run twice.
+    With one thread the processor's seconds, which other processes do not lengthen. The last
+    layer is watched, so that the inference goes to its end; its block is run twice.
     """
     name = plan(policy, preset("omega"), policy.num_steps)[-1].name
     watch = Stopwatch()
     with watch.running():
         for _ in stream(policy, weights, [observation], [name], token_cap=1):
             pass
-    return watch.phases["collect"].wall
+    spent = watch.phases["collect"]
+    return spent.cpu if torch.get_num_threads() == 1 else spent.wall
 
 
 def table(rows: list[Row]) -> str:
