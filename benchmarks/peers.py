@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 Call = Callable[[], Any]
 
 
@@ -187,5 +186,5 @@ PEERS = (
 )
 # Named in the results, so that their absence is not taken for a comparison won.
 UNREACHABLE = {
-    "llama.cpp Q4_0": "its Python package exposes no single product; its library was not built here",
+    "llama.cpp Q4_0": "its Python package exposes no single product; not built from source here",
 }
