@@ -10,17 +10,24 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 QMAX = 127
+_ROWS = 4096
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [rows, columns] -> int8 [rows, columns], float32 scale [rows, 1]; nearest.
 
-    A row of zeros gets scale 1.
+    A row of zeros gets scale 1. Some rows at a time: a wide copy of an embedding table would be
+    several times its size.
     """
-    wide = weight.float()
-    scale = wide.abs().amax(1, keepdim=True) / QMAX
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (wide / scale).round().clamp(-QMAX, QMAX).to(torch.int8), scale
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), 1, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        wide = weight[rows].float()
+        scale = wide.abs().amax(1, keepdim=True) / QMAX
+        scales[rows] = torch.where(scale > 0, scale, torch.ones_like(scale))
+        quantized[rows] = (wide / scales[rows]).round().clamp(-QMAX, QMAX).to(torch.int8)
+    return quantized, scales
 
 
 class Int8Linear(nn.Module):
