@@ -86,7 +86,8 @@ def segmentation(layer: QuantizedLayer) -> tuple[int, int]:
     group = math.gcd(activation_group(layer), weight_group(layer))
     if not group:
         return layer.in_features, 1
-    largest = -qrange(4)[0] * -qrange(layer.scheme.activation.bits)[0]
+    weight_bits = max(4, layer.scheme.weight.bits)
+    largest = -qrange(weight_bits)[0] * -qrange(layer.scheme.activation.bits)[0]
     while group > _MAX_SEGMENT_SUM // largest - 1 and group % (2 * _SHORTEST) == 0:
         group //= 2
     return group, group_count(layer.in_features, group)

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, pad
 
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.prologue import build_prologue, dense_blocks
-from omega_qvla.kernels.reference import ACTIVATION_KINDS
+from omega_qvla.kernels.reference import ACTIVATION_KINDS, WEIGHT_BITS
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, qrange
@@ -40,7 +40,15 @@ class EmulatedBackend:
     def capabilities(self) -> Capabilities:
         """Every activation kind, 4, 6 and 8 bits, CPU and CUDA; not native."""
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
+        return Capabilities(
+            self.name,
+            False,
+            ACTIVATION_KINDS,
+            frozenset({4, 6, 8}),
+            devices,
+            weight_bits=WEIGHT_BITS,
+            two_rotations=True,
+        )
 
     def available(self) -> tuple[bool, str]:
         """Always: it is plain torch."""
@@ -93,7 +101,8 @@ def _build_product(layer: QuantizedLayer) -> Product:
 
 def _sum_dtype(layer: QuantizedLayer, terms: int) -> torch.dtype:
     """float32 where sums of `terms` integer products are exact in it, else float64."""
-    largest = terms * -qrange(4)[0] * -qrange(layer.scheme.activation.bits)[0]
+    weight_bits = max(4, layer.scheme.weight.bits)
+    largest = terms * -qrange(weight_bits)[0] * -qrange(layer.scheme.activation.bits)[0]
     return torch.float32 if largest <= _EXACT else torch.float64
 
 

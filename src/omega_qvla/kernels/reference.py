@@ -33,6 +33,7 @@ from torch import Tensor
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.activation import expand_static
+from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, qrange
@@ -48,6 +49,7 @@ ACTIVATION_KINDS = frozenset(
         "per_step_channel",
     }
 )
+WEIGHT_BITS = frozenset({2, 3, 4, 8, 16})
 
 
 def transform_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
@@ -60,6 +62,8 @@ def rotate_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
     factor = arithmetic.multiplier(layer)
     if factor is not None:
         x = x * factor
+    if layer.first_rotation is not None:
+        x = apply_shared(x.double(), layer.first_rotation).float()
     if layer.permutation is not None:
         x = x[..., layer.permutation.long()]
     kind = layer.scheme.rotation.kind
@@ -70,6 +74,8 @@ def rotate_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
     if kind == "hadamard":
         return _hadamard_blocks(x, layer.scheme.rotation.block)
     assert layer.rotation is not None
+    if kind == "duquant":
+        return apply_shared(x.double(), layer.rotation).float()
     return apply_blocks(x.double(), layer.rotation.double()).float()
 
 
@@ -206,7 +212,15 @@ class ReferenceBackend:
 
     def capabilities(self) -> Capabilities:
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
+        return Capabilities(
+            self.name,
+            False,
+            ACTIVATION_KINDS,
+            frozenset({4, 6, 8}),
+            devices,
+            weight_bits=WEIGHT_BITS,
+            two_rotations=True,
+        )
 
     def available(self) -> tuple[bool, str]:
         return True, "plain torch"
