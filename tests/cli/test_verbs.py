@@ -119,7 +119,7 @@ def test_include_and_exclude_narrow_the_recipe(place: Path, run: Run) -> None:
         (["--include", "no_such_layer"], "RecipeError"),
         (["--include", "action_out_proj", "--side", "action_head"], "protected"),
         (["--recipe", "nonsense"], "neither a preset"),
-        ([], "needs calibration"),
+        ([], "needs calibration: give --observations"),
         (["--tasks", "push"], "go with --env"),
         (["--observations", "{place}/omega.safetensors"], "not a file of observations"),
         (["--observations", "{place}/observations.safetensors", "--num-samples", "99"], "only 28"),
