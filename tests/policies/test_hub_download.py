@@ -21,7 +21,8 @@ pytest.importorskip("huggingface_hub")
 
 def info(url: str, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`omega-qvla info someone/a-policy`, with an empty configuration of the library."""
-    mine = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
+    settings = ("hf_", "http_proxy", "https_proxy", "all_proxy")
+    mine = {k: v for k, v in os.environ.items() if not k.lower().startswith(settings)}
     env = {**mine, "HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "omega_qvla.cli", "info", "someone/a-policy", *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
