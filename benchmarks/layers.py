@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from omega_qvla.config import Recipe, Scheme, preset
-from omega_qvla.kernels.reference import linear, quantize_input, transform_input
-from omega_qvla.modules.step_context import Step
+from omega_qvla.kernels.arithmetic import activation_group
+from omega_qvla.kernels.reference import linear, quantize_input, rotate_input, transform_input
+from omega_qvla.numerics.activation import quantize_static
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.metrics import channel_ratio, nmse
+from omega_qvla.numerics.qparams import expand_groups
 from omega_qvla.numerics.quantize_layer import quantize_layer
 from omega_qvla.numerics.smoothing import robust_profile
 from omega_qvla.numerics.stats import LayerStats
@@ -56,8 +58,12 @@ def build(name: str, scheme: Scheme, side: str, weight: Tensor, tokens: Tensor) 
 def input_error(layer: QuantizedLayer, x: Tensor) -> float:
     """NMSE of the rounded inputs in the layer's own basis, as the published numbers are."""
     rotated = transform_input(x, layer)
-    q, scale = quantize_input(rotated, layer, Step(0, 1))
-    return nmse(rotated, q * scale)
+    if layer.act_scale is not None:
+        scale = layer.act_scale[0]
+        return nmse(rotated, quantize_static(rotated, scale) * scale)
+    q, scale = quantize_input(rotate_input(x, layer), layer, None)
+    group = activation_group(layer) or None
+    return nmse(rotated, q * expand_groups(scale, layer.in_features, group))
 
 
 def measure(
