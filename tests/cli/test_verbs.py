@@ -229,6 +229,9 @@ def test_compare_with_drift_alone(place: Path, run: Run) -> None:
         ([], "nothing to compare"),
         (["{results}", "--arms", "nobody"], "no episodes of nobody"),
         (["--pack", "omega={place}/omega.safetensors"], "--observations together"),
+        (["--recipes", "rtn"], "--checkpoint DIR (perhaps several) and --out DIR"),
+        (["--episode", "1"], "one --checkpoint, --pack LABEL=FILE"),
+        (["--out", "x"], "--out goes with --recipes and --episode"),
     ],
 )
 def test_compare_refuses(
@@ -252,3 +255,30 @@ def test_bench_times_every_arm(place: Path, run: Run) -> None:
     for stages in arms.values():
         assert set(stages) == {"backbone", "step", "chunk"}
         assert 0 < stages["step"]["p50"] < stages["chunk"]["p50"] <= stages["chunk"]["p95"]
+
+
+def test_inspect_diagnoses_layers(place: Path, run: Run, tmp_path: Path) -> None:
+    words = ["--checkpoint", place / "checkpoint", "--num-samples", 3, "--out", tmp_path / "out"]
+    words += ["--observations", place / "observations.safetensors", "--backend", "emulated"]
+    code, data = run("inspect", place / "omega.safetensors", "--layers", *words)
+    assert code == 0
+    rows = {row["name"]: row for row in data["layers"]}
+    assert len(rows) == len(run("inspect", place / "omega.safetensors")[1]["layers"])
+    assert all(row["error"] > 0 and row["alone"] > 0 for row in rows.values())
+    assert [len(entry["layers"]) for entry in data["leave_out"]] == [0, 1, 2, 4, 8, 16]
+    assert data["leave_out"][0]["error"] == pytest.approx(data["everything"])
+    assert data["leave_out"][-1]["error"] < data["everything"]
+    assert json.loads((tmp_path / "out" / "layers.json").read_text()) == data
+    lines = (tmp_path / "out" / "layers.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert (tmp_path / "out" / "layers.html").read_text().count("<svg") == 5
+
+
+def test_inspect_of_layers_needs_something_to_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", f"{place}/omega.safetensors", "--layers"]
+    assert main(words) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    assert main([*words, "--checkpoint", f"{place}/checkpoint"]) == 2
+    assert "--observations PATH" in capsys.readouterr().err

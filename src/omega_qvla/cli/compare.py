@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.comparison.verb import HELD_OUT, add_recipes, run_recipes
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.episode import add_episode, run_episode
 from omega_qvla.cli.flips import check_settings, configure_pairs, show_pairs
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.cli.loading import add_loading, add_pack_options, loading, pack_options
@@ -37,6 +38,10 @@ With --checkpoint, --pack and --observations or --dataset: drift, the cosine bet
 action chunks of the packs and of the checkpoint on the same observations and the same
 noise. Of a dataset or a folder, only the episodes that calibration leaves alone are used.
 
+With --episode as well: the packs along one recorded episode, in open loop. The actions that
+each arm commands are joined to a trajectory and compared joint by joint: error, jerk, size
+of the steps, gripper switches.
+
 With --recipes: everything from the beginning. Each recipe is built on each checkpoint from
 one shared calibration, its drift is measured on held-out observations, and all arms play
 the same episodes in the simulator; OUT gets the records (drift.jsonl, episodes.jsonl), the
@@ -49,6 +54,8 @@ EXAMPLES = """\
       --observations held-out.safetensors --markdown comparison.md
   omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors --pack rtn=naive.safetensors \\
       --observations held-out.safetensors --json
+  omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors \\
+      --dataset DATASET --episode 3 --out runs/open-loop
   omega-qvla compare --recipes rtn,quarot-w4a4,omega --checkpoint assets/pi05-metaworld \\
       --checkpoint assets/groot-n15-metaworld --outliers --out runs/comparison
   omega-qvla compare --recipes ablations,omega@10 --checkpoint CHECKPOINT --dataset DATASET \\
@@ -86,6 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
     add_pack_options(parser)
     add_backend(parser)
+    add_episode(parser)
     add_recipes(parser)
 
 
@@ -95,8 +103,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if args.recipes:
         return run_recipes(args, console)
+    if args.episode is not None:
+        return run_episode(args, console)
     if args.out is not None:
-        raise ConfigError("--out goes with --recipes")
+        raise ConfigError("--out goes with --recipes and --episode")
     if not args.results and not args.pack:
         raise ConfigError(
             "nothing to compare: give results files, --checkpoint with --pack, or --recipes"

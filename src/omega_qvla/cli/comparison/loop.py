@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
@@ -35,10 +36,16 @@ def evaluation_plan(plan: Comparison, keys: Iterable[ArmKey] | None = None) -> P
     arms = []
     for name, variant in sorted(plan.cells, key=lambda cell: plan.variants.index(cell[1])):
         checkpoint = str(plan.checkpoint(name, variant))
-        arms.append(Arm(REFERENCE, checkpoint, name, variant))
+        common: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "family": name,
+            "variant": variant,
+            "device": plan.device,
+        }
+        arms.append(Arm(REFERENCE, **common))
         for spec in plan.arms:
             pack = str(plan.pack(name, variant, spec.name))
-            arms.append(Arm(spec.name, checkpoint, name, variant, pack=pack, backend=plan.backend))
+            arms.append(Arm(spec.name, pack=pack, backend=plan.backend, **common))
     chosen = None if keys is None else set(keys)
     return Plan(
         tuple(arm for arm in arms if chosen is None or arm.key in chosen),
@@ -74,15 +81,20 @@ def unplayed(plan: Comparison) -> list[ArmKey]:
 
 def play(plan: Comparison, console: Console) -> list[EpisodeRecord]:
     """Play what is missing; returns everything, in the order of the file's arms and episodes."""
-    wanted = wanted_episodes(plan)
-    if not wanted:
-        return []
     missing = unplayed(plan)
     if missing:
         _play(plan, missing, console)
+    return played(plan)
+
+
+def played(plan: Comparison) -> list[EpisodeRecord]:
+    """The episodes of the comparison that are on record, whether that is all of them or not."""
+    wanted = set(wanted_episodes(plan))
+    if not wanted or not _has_header(results_file(plan)):
+        return []
     arms = {arm.key for arm in evaluation_plan(plan).arms}
     found = read_results(results_file(plan))[1]
-    return [record for record in found if record.key in arms and record.episode in set(wanted)]
+    return [record for record in found if record.key in arms and record.episode in wanted]
 
 
 def _play(plan: Comparison, missing: list[ArmKey], console: Console) -> None:
