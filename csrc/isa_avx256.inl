@@ -33,3 +33,4 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"

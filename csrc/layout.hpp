@@ -16,6 +16,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffer.hpp"
+#include "rows.hpp"
+
 namespace omega {
 
 constexpr int kPanel = 16;     // outputs of a panel
@@ -112,6 +115,7 @@ struct Isa {
     int panels[2];    // panels of a narrow and of a wide strip; the narrow one divides the wide
     TileFn tile[kModes][2][kMaxRows + 1];  // [mode][wide][rows]
     PrologueFn prologue;
+    const RowFns* rows;
 };
 
 // The tables, fastest first; null where this binary or this CPU lacks one.

@@ -149,7 +149,7 @@ void fill_tiles(Isa& isa) {
     }
 }
 
-inline Isa make_isa(const char* name) {
+inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
     isa.max_rows = Vec::max_rows;
@@ -161,5 +161,6 @@ inline Isa make_isa(const char* name) {
     fill_tiles<2, Vec::max_rows>(isa);
     fill_tiles<3, Vec::max_rows>(isa);
     isa.prologue = &prologue_tile;
+    isa.rows = &rows;
     return isa;
 }

@@ -51,7 +51,8 @@ def load_bundle(
     if pack.manifest.family != manifest.family:
         raise BundleError(f"{folder}: a {pack.manifest.family} pack in a {manifest.family} bundle")
     check_steps(pack.manifest, policy.num_steps)
-    used = replace_linears(policy.module, pack.layers, backend, target)
+    together = [site.consumers for site in policy.sites()]
+    used = replace_linears(policy.module, pack.layers, backend, target, together)
     slimmed = slim(policy, manifest.options, pack.layers, dtype)
     _load_rest(folder / REST, policy, slimmed, target, dtype)
     policy.module.requires_grad_(False)

@@ -162,6 +162,10 @@ class Policy(Protocol):
         """Where quantized layers share an input, and what produces it."""
         ...
 
+    def keep_conditioning(self) -> None:
+        """Compute what the denoising steps need of the weights alone once and for all."""
+        ...
+
 
 class PolicyBase(ABC):
     """The part of a policy that does not depend on the family; implements `Policy` with it."""

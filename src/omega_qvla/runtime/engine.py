@@ -15,6 +15,7 @@ from omega_qvla.errors import ActionError, BundleError
 from omega_qvla.pack.apply import ApplyReport, Missing, apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.base import Policy, check_actions
+from omega_qvla.policies.hasten import hasten
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy
 
@@ -42,11 +43,13 @@ class Engine:
         *,
         act_bits: int | None = None,
         missing: Missing = "fallback",
+        fast: bool = True,
     ) -> Self:
         """Load a bundle, or a checkpoint directory and, if given, put its pack in place.
 
         The pack is read and proved before the (larger) checkpoint is touched. `act_bits` and
-        `missing` are those of `apply_pack`.
+        `missing` are those of `apply_pack`. `fast` prepares the policy for inference
+        (`policies.hasten`): its weights must not change afterwards.
 
         Raises:
             BundleError: a file of the bundle is missing, truncated or altered; or a bundle and
@@ -58,12 +61,17 @@ class Engine:
         if is_bundle(checkpoint):
             if pack is not None:
                 raise BundleError(f"{os.fspath(checkpoint)} is a bundle, which holds its pack")
-            return cls(*load_bundle(checkpoint, backend, device, dtype))
-        read = None if pack is None else read_pack(pack)
-        policy = load_policy(checkpoint, device=device, dtype=dtype)
-        if read is None:
-            return cls(policy)
-        return cls(policy, apply_pack(policy, read, backend, act_bits=act_bits, missing=missing))
+            engine = cls(*load_bundle(checkpoint, backend, device, dtype))
+        else:
+            read = None if pack is None else read_pack(pack)
+            policy = load_policy(checkpoint, device=device, dtype=dtype)
+            report = None
+            if read is not None:
+                report = apply_pack(policy, read, backend, act_bits=act_bits, missing=missing)
+            engine = cls(policy, report)
+        if fast:
+            hasten(engine.policy)
+        return engine
 
     @property
     def backend(self) -> str:

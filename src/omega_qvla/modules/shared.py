@@ -1,0 +1,82 @@
+"""Layers that read the same input, run as one product: q, k and v; gate and up.
+
+A model's code says which layers those are by calling `project`, which takes plain `nn.Linear`
+layers as they come. Quantized ones that turn the input into the same integers were joined when
+they were put in place (`modules.linear.replace_linears`): the input is then smoothed, rotated
+and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.kernels.registry import Backend
+from omega_qvla.modules.step_context import current_step
+from omega_qvla.numerics.join import join_layers, same_input
+from omega_qvla.numerics.layer import QuantizedLayer
+
+
+class SharedProduct:
+    """Several quantized layers in one kernel: x [..., in] -> all their outputs.
+
+    Not a module: its layers are `QuantLinear`s at their own places in the network.
+    """
+
+    def __init__(
+        self, layers: Sequence[QuantizedLayer], backend: Backend, device: torch.device
+    ) -> None:
+        self.names = tuple(layer.name for layer in layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self.kernel = backend.prepare(join_layers(layers), device)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Views of one result, in the order of the layers."""
+        return self.kernel(x, current_step()).split(self.sizes, -1)
+
+
+def groups_by_input(
+    layers: Mapping[str, QuantizedLayer], readers: Sequence[str]
+) -> list[list[str]]:
+    """Those of `readers` that are in `layers`, as groups (of two or more) with equal inputs."""
+    groups: list[list[str]] = []
+    for name in readers:
+        if name not in layers:
+            continue
+        for group in groups:
+            if same_input(layers[group[0]], layers[name]):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [group for group in groups if len(group) > 1]
+
+
+def joined(*layers: nn.Module) -> bool:
+    """Whether one product runs all these layers."""
+    shared = getattr(layers[0], "shared", None)
+    return shared is not None and all(
+        getattr(layer, "shared", None) is shared for layer in layers[1:]
+    )
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs [..., out] of linear `layers` that all read x [..., in].
+
+    Joined layers run once, the others each by themselves. So does a joined layer that
+    somebody watches through a forward hook: his hook is called, at the price of the join.
+    """
+    done: dict[int, tuple[Tensor, ...]] = {}
+    outputs = []
+    for layer in layers:
+        shared: Any = getattr(layer, "shared", None)
+        if shared is None or layer._forward_hooks or layer._forward_pre_hooks:
+            outputs.append(layer(x))
+            continue
+        if id(shared) not in done:
+            done[id(shared)] = shared(x)
+        outputs.append(done[id(shared)][layer.place])  # type: ignore[index]
+    return tuple(outputs)
