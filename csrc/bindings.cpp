@@ -159,6 +159,14 @@ void rotate(uintptr_t x, size_t tokens, size_t stride, int heads, int dim, uintp
     omega::run_rotate(args, fastest(), pool(), threads);
 }
 
+void residual(uintptr_t x, uintptr_t add, uintptr_t gate, size_t rows, size_t per_gate, int width,
+              uintptr_t y, int threads) {
+    const omega::ResidualArgs args{floats(x), floats(add), floats(gate), rows, per_gate, width,
+                                   reinterpret_cast<float*>(y)};
+    nb::gil_scoped_release release;
+    omega::run_residual(args, fastest(), pool(), threads);
+}
+
 // Of k and v: address, strides over batch, head and row; then count and repeats.
 using KeysTuple = std::array<uintptr_t, 10>;
 
@@ -185,9 +193,9 @@ void attend(const std::array<uintptr_t, 4>& q, int batch, int heads, int kv_head
 
 void make_block(omega::Block* self, const omega::Linear& in, const omega::Linear& out,
                 const omega::Linear& up, const omega::Linear& down, int heads, int kv_heads,
-                int dim, bool cross, bool center, bool gated, int kind, float eps) {
+                int dim, bool cross, bool center, bool gated, int kind, float eps, float scale) {
     new (self) omega::Block({&in, &out, &up, &down, heads, kv_heads, dim, cross, center, gated,
-                             kind, eps});
+                             kind, eps, scale});
 }
 
 using Addresses = std::array<uintptr_t, 3>;
@@ -229,6 +237,7 @@ NB_MODULE(_native, m) {
     m.def("norm", &norm);
     m.def("gate", &gate);
     m.def("rotate", &rotate);
+    m.def("residual", &residual);
     m.def("attend", &attend);
     nb::class_<omega::Linear>(m, "Linear", "A layer, repacked. See csrc/linear.hpp.")
         .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,
@@ -245,7 +254,7 @@ NB_MODULE(_native, m) {
              "x [rows, inputs] -> q int8 [rows, inputs], scale [rows, groups], by address.");
     nb::class_<omega::Block>(m, "Block", "A transformer block of native layers: csrc/block.hpp.")
         .def("__init__", &make_block, "in_"_a, "out"_a, "up"_a, "down"_a, "heads"_a, "kv_heads"_a,
-             "dim"_a, "cross"_a, "center"_a, "gated"_a, "kind"_a, "eps"_a,
+             "dim"_a, "cross"_a, "center"_a, "gated"_a, "kind"_a, "eps"_a, "scale"_a,
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
              nb::keep_alive<1, 5>())
         .def("run", &run_block);

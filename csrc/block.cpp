@@ -1,7 +1,6 @@
 #include "block.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
 namespace omega {
@@ -44,7 +43,7 @@ void Block::attend(const BlockArgs& a, const float* projected, float* to, const 
     args.q_batch = batch, args.q_head = size_t(spec_.dim), args.q_row = row;
     args.batch = a.batch, args.heads = spec_.heads, args.kv_heads = spec_.kv_heads;
     args.rows = a.rows, args.dim = spec_.dim;
-    args.scale = 1.0f / std::sqrt(float(spec_.dim));
+    args.scale = spec_.scale;
     args.out = to;
     if (a.cache.count) args.keys[args.sources++] = a.cache;
     if (!spec_.cross) {

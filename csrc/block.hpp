@@ -17,7 +17,7 @@ struct BlockSpec {
     bool center = false;           // LayerNorm; else RMSNorm
     bool gated = false;            // `up` has two halves
     int kind = 0;                  // of the gate, see GateArgs
-    float eps = 0.0f;
+    float eps = 0.0f, scale = 1.0f;
 };
 
 // What norms and residuals take from the denoising step: rows of `width`, or null.

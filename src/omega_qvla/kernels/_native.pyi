@@ -75,6 +75,9 @@ def rotate(
     y: int,
     threads: int,
 ) -> None: ...
+def residual(
+    x: int, add: int, gate: int, rows: int, per_gate: int, width: int, y: int, threads: int
+) -> None: ...
 def attend(
     q: tuple[int, ...],
     batch: int,
@@ -105,6 +108,7 @@ class Block:
         gated: bool,
         kind: int,
         eps: float,
+        scale: float,
     ) -> None: ...
     def run(
         self,

@@ -55,6 +55,7 @@ class NativeBlock:
         self._block = module.Block(
             *(layer.linear for layer in layers), shape.heads, shape.kv_heads, shape.head_dim,
             shape.cross, shape.norm == "layer", shape.gated, KINDS[shape.activation], shape.eps,
+            shape.head_dim**-0.5,
         )  # fmt: skip
 
     def __call__(

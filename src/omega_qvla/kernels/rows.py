@@ -61,14 +61,32 @@ def rms_norm(
 
     Args:
         x: [B, ..., width].
-        gain, shift: [width], or [T, 1, width] with T = 1, or one row per entry of the batch.
+        gain, shift: [width], or [T, (1,) width] with T = 1, or a row per entry of the batch.
     """
+    return _norm(x, eps, gain, shift, plus, center=False)
+
+
+def layer_norm(
+    x: Tensor, eps: float, gain: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor | None:
+    """(x - mean) / std * (1 + gain) + shift; arguments as for `rms_norm`."""
+    return _norm(x, eps, gain, shift, 1.0, center=True)
+
+
+def _norm(
+    x: Tensor, eps: float, gain: Tensor | None, shift: Tensor | None, plus: float, *, center: bool
+) -> Tensor | None:
     module = compiled()
-    if module is None or not fits(x, gain, shift) or not gain.is_contiguous():
+    if module is None or not fits(x, gain, shift):
         return None
-    width, rows = x.shape[-1], gain.numel() // gain.shape[-1]
-    if shift is not None and (shift.shape != gain.shape or not shift.is_contiguous()):
+    width, rows = x.shape[-1], 1 if gain is None else gain.numel() // gain.shape[-1]
+    if gain is None and shift is not None:
         return None
+    if gain is not None and not gain.is_contiguous():
+        return None
+    if shift is not None and gain is not None:
+        if shift.shape != gain.shape or not shift.is_contiguous():
+            return None
     # [.., heads, width]: heads lie side by side in a token, tokens may be further apart.
     heads = x.dim() == 4 and x.stride(2) == width
     inner = x.shape[2] if heads else 1
@@ -78,8 +96,30 @@ def rms_norm(
     y = torch.empty(x.shape)
     outer = x.numel() // (width * inner)
     module.norm(
-        x.data_ptr(), outer, stride, inner, width, gain.data_ptr(),
-        0 if shift is None else shift.data_ptr(), max(1, outer // rows), plus, eps, False,
+        x.data_ptr(), outer, stride, inner, width, _address(gain), _address(shift),
+        max(1, outer // rows), plus, eps, center, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def residual(x: Tensor, add: Tensor, gate: Tensor) -> Tensor | None:
+    """x + add * gate; x and add [B, S, width], gate [T, 1, width], B a multiple of T."""
+    module = compiled()
+    if module is None or not fits(x, add, gate) or x.shape != add.shape:
+        return None
+    if not (x.is_contiguous() and add.is_contiguous() and gate.is_contiguous()):
+        return None
+    width, gates = x.shape[-1], gate.shape[0]
+    if gate.numel() != gates * width or x.shape[0] % gates:
+        return None
+    y = torch.empty(x.shape)
+    rows = x.numel() // max(1, width)
+    module.residual(
+        x.data_ptr(), add.data_ptr(), gate.data_ptr(), rows, max(1, rows // gates), width,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from omega_qvla.kernels.block import BlockShape, Modulations, NativeBlock
 from omega_qvla.kernels.cpu import NativeLayer
 from omega_qvla.modules.linear import QuantLinear
+from omega_qvla.modules.shared import watched
 from omega_qvla.modules.step_context import current_step
 
 
@@ -39,7 +40,7 @@ class WholeBlock:
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
         """See `NativeBlock`; None also while somebody watches a layer through a forward hook."""
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._layers):
+        if any(watched(layer) for layer in self._layers):
             return None
         return self._block(x, before, after, cache, rope, current_step())
 

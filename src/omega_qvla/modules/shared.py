@@ -55,11 +55,16 @@ def groups_by_input(
     return [group for group in groups if len(group) > 1]
 
 
+def watched(layer: nn.Module) -> bool:
+    """Whether somebody waits at `layer` with a forward hook."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def joined(*layers: nn.Module) -> bool:
-    """Whether one product runs all these layers."""
+    """Whether `project` runs all these layers in one product."""
     shared = getattr(layers[0], "shared", None)
     return shared is not None and all(
-        getattr(layer, "shared", None) is shared for layer in layers[1:]
+        getattr(layer, "shared", None) is shared and not watched(layer) for layer in layers
     )
 
 
@@ -67,13 +72,13 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs [..., out] of linear `layers` that all read x [..., in].
 
     Joined layers run once, the others each by themselves. So does a joined layer that
-    somebody watches through a forward hook: his hook is called, at the price of the join.
+    somebody watches: his hook is called, at the price of the join.
     """
     done: dict[int, tuple[Tensor, ...]] = {}
     outputs = []
     for layer in layers:
         shared: Any = getattr(layer, "shared", None)
-        if shared is None or layer._forward_hooks or layer._forward_pre_hooks:
+        if shared is None or watched(layer):
             outputs.append(layer(x))
             continue
         if id(shared) not in done:

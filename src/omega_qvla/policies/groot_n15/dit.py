@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
+from omega_qvla.kernels import rows
 from omega_qvla.kernels.block import BlockShape
 from omega_qvla.modules.block import WholeBlock
 from omega_qvla.modules.shared import project
@@ -72,6 +73,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
 class AdaLayerNorm(nn.Module):
     """LayerNorm (no weights, eps 1e-5) whose scale and shift come from the time embedding."""
 
+    fast = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 2 * width)
@@ -82,7 +85,8 @@ class AdaLayerNorm(nn.Module):
         return scale, shift
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return modulated_norm(x, scale, shift, 1e-5)
+        fast = rows.layer_norm(x, 1e-5, scale, shift) if self.fast else None
+        return modulated_norm(x, scale, shift, 1e-5) if fast is None else fast
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,10 @@ class DiTBlock(nn.Module):
         else:
             attended = self.attn1(normed, key_value, mask)
         x = (x if keep is None else x[:, -keep:]) + attended
-        out: Tensor = x + self.ff(layer_norm(x, (x.shape[-1],), eps=1e-5))
+        normed = rows.layer_norm(x, 1e-5) if self.norm1.fast else None
+        if normed is None:
+            normed = layer_norm(x, (x.shape[-1],), eps=1e-5)
+        out: Tensor = x + self.ff(normed)
         return out
 
 

@@ -299,6 +299,8 @@ class LanguageModel(nn.Module):
 class ExpertLayer(nn.Module):
     """One block of the action expert: adaRMS norms, gated residuals."""
 
+    fast = False
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -335,9 +337,13 @@ class ExpertLayer(nn.Module):
             if done is not None:
                 return done
         attended = self.self_attn.attend_suffix(self.input_layernorm(x, before), cache, rope, bias)
-        x = x + attended * before.gate.to(x.dtype)
+        x = self._add(x, attended, before.gate)
         out: Tensor = self.mlp(self.post_attention_layernorm(x, after))
-        return x + out * after.gate.to(x.dtype)
+        return self._add(x, out, after.gate)
+
+    def _add(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        done = rows.residual(x, branch, gate) if self.fast else None
+        return x + branch * gate.to(x.dtype) if done is None else done
 
 
 class Expert(nn.Module):
