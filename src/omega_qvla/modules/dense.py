@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 #: Multiply-adds below which the call itself costs more than the faster product saves.
-WORTH_IT = 700_000
+WORTH_IT = 1_200_000
 
 
 def onednn_available() -> bool:

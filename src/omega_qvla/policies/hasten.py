@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from omega_qvla.modules.dense import use_dense
 from omega_qvla.policies.base import Policy
@@ -13,16 +14,23 @@ def hasten(policy: Policy) -> None:
     """Prepare `policy` for inference with the weights that it has now, in place.
 
     What depends on the weights and the denoising steps alone (the modulations of the norms) is
-    computed once. On the CPU in float32, norms, gates, rotary embeddings and attention run in
-    compiled kernels, where they are built, and the linear layers that are not quantized on the
-    faster of torch's products. Results differ from before by rounding (1e-6).
+    computed once; the rest is `hasten_module`. Results differ from before by rounding (1e-6).
     """
     policy.keep_conditioning()
-    if policy.device.type != "cpu":
-        return
-    for module in policy.module.modules():
-        if hasattr(module, "fast"):
-            module.fast = True
-        if hasattr(module, "fuse"):
-            module.fuse()
-    use_dense(policy.module)
+    if policy.device.type == "cpu":
+        hasten_module(policy.module)
+
+
+def hasten_module(module: nn.Module) -> None:
+    """Make a network on the CPU fast in float32, in place.
+
+    Norms, gates, rotary embeddings and attention run in compiled kernels, where they are built;
+    blocks of quantized layers as one call; linear layers that are not quantized on the faster
+    of torch's products.
+    """
+    for part in module.modules():
+        if hasattr(part, "fast"):
+            part.fast = True
+        if hasattr(part, "fuse"):
+            part.fuse()
+    use_dense(module)
