@@ -179,8 +179,8 @@ def _random(module: nn.Module) -> Any:
 
 def prepared(stack: nn.Module, family: str, arm: str) -> nn.Module:
     """`stack` as an arm runs it; full-precision arms share its weights."""
-    shared = {id(p): p for p in stack.parameters()}
-    module = copy.deepcopy(stack, dict(shared))
+    shared: dict[int, Any] = {} if arm == "bf16" else {id(p): p for p in stack.parameters()}
+    module = copy.deepcopy(stack, shared)
     if arm == "bf16":
         return module.to(torch.bfloat16) if family == "groot" else _bf16_expert(module)
     if arm == "fp32 compiled":
