@@ -1,19 +1,34 @@
 // The functions of rows.hpp for one instruction set. Included after tile.inl.
 
+// a * b + c rounded once, where there is an instruction for it: the library is compiled so that
+// the compiler puts none of its own (products of layers have the same bits everywhere).
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if LANES == 16
+    return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif LANES == 8
+    return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(_AARCH64_NEON_H_) || defined(__ARM_NEON_H)
+    return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+    return a * b + c;
+#endif
+}
+
 // e^x to about two units of the last place; x is cut to where the result is a normal number.
 inline Floats exponential(Floats x) {
     const Floats low = splat(-87.3f), high = splat(88.3f), magic = splat(12582912.0f);
     x = x < low ? low : x;
     x = x > high ? high : x;
-    const Floats shifted = x * 1.44269504f + magic;
+    const Floats shifted = fused(x, splat(1.44269504f), magic);
     const Floats n = shifted - magic;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes, expf
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    Floats r = fused(n, splat(-0.693359375f), x);
+    r = fused(n, splat(2.12194440e-4f), r);
+    Floats p = fused(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));  // Cephes, expf
+    p = fused(p, r, splat(8.3334519073e-3f));
+    p = fused(p, r, splat(4.1665795894e-2f));
+    p = fused(p, r, splat(1.6666665459e-1f));
+    p = fused(p, r, splat(5.0000001201e-1f));
+    p = fused(p, r * r, r) + 1.0f;
     return Floats(Ints(p) + ((Ints(shifted) - Ints(magic)) << 23));
 }
 
@@ -68,7 +83,7 @@ void norm_row(const NormArgs& a, const float* x, const float* gain, const float*
         if (left < LANES) {
             for (int l = left; l < LANES; ++l) v[l] = 0.0f;
         }
-        squares[i / LANES % 2] += v * v;
+        squares[i / LANES % 2] = fused(v, v, squares[i / LANES % 2]);
     });
     const float spread = total(squares[0] + squares[1]) / float(a.width);
     const float inverse = 1.0f / __builtin_sqrtf(spread + a.eps);
@@ -98,7 +113,7 @@ void gate_rows(const GateArgs& a, size_t begin, size_t end) {
         for_vectors(a.width, [&](int i, int left) {
             const Floats v = load_some(gate + i, left);
             // 0.5 (1 + tanh u) = 1 / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
-            const Floats u = a.kind ? v : v * (v * v * 0.0713548163f + 1.5957691216f);
+            const Floats u = a.kind ? v : v * fused(v * v, splat(0.0713548163f), splat(1.5957691216f));
             Floats out = v / (exponential(-u) + 1.0f);
             if (up) out = out * load_some(up + i, left);
             store_some(y + i, out, left);
@@ -146,20 +161,20 @@ inline __attribute__((always_inline)) void small_product(const float* a, size_t 
                                                          int depth, const float* b,
                                                          size_t b_stride, float* c,
                                                          size_t c_stride) {
-    typename Vec::F sum[R][N];
+    Floats sum[R][N];
     OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-        OMEGA_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = Vec::splatf(0.0f);
+        OMEGA_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = Floats{};
     }
     for (int k = 0; k < depth; ++k, b += b_stride) {
-        typename Vec::F row[N];
-        OMEGA_UNROLL for (int n = 0; n < N; ++n) row[n] = Vec::load(b + n * LANES);
+        Floats row[N];
+        OMEGA_UNROLL for (int n = 0; n < N; ++n) row[n] = load(b + n * LANES);
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-            const typename Vec::F v = Vec::splatf(a[r * a_stride + k]);
-            OMEGA_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = Vec::fma(v, row[n], sum[r][n]);
+            const Floats v = splat(a[r * a_stride + k]);
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = fused(v, row[n], sum[r][n]);
         }
     }
     OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-        OMEGA_UNROLL for (int n = 0; n < N; ++n) Vec::store(c + r * c_stride + n * LANES, sum[r][n]);
+        OMEGA_UNROLL for (int n = 0; n < N; ++n) store(c + r * c_stride + n * LANES, sum[r][n]);
     }
 }
 
