@@ -54,7 +54,7 @@ class DenseLinear(nn.Linear):
             and x.dtype == weight.dtype == torch.float32
             and x.is_cpu
             and weight.is_cpu
-            and not torch.is_grad_enabled()
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not torch.compiler.is_compiling()
         )
 
