@@ -105,7 +105,7 @@ def _shared(
         for names in groups_by_input(layers, readers):
             if len({devices[name] for name in names}) > 1:
                 continue
-            product = SharedProduct([layers[n] for n in names], backend, devices[names[0]])
+            product = SharedProduct.of(layers, names, backend, devices[names[0]])
             found |= {name: (product, i) for i, name in enumerate(names)}
     return found
 

@@ -27,15 +27,33 @@ class SharedProduct:
     """
 
     def __init__(
-        self, layers: Sequence[QuantizedLayer], backend: Backend, device: torch.device
+        self, joined: QuantizedLayer, sizes: Sequence[int], backend: Backend, device: torch.device
     ) -> None:
-        self.names = tuple(layer.name for layer in layers)
-        self.sizes = [layer.out_features for layer in layers]
-        self.kernel = backend.prepare(join_layers(layers), device)
+        """joined: see `numerics.join`; sizes: outputs of each of its layers."""
+        self.sizes = list(sizes)
+        self.kernel = backend.prepare(joined, device)
+
+    @classmethod
+    def of(
+        cls,
+        layers: Mapping[str, QuantizedLayer],
+        names: Sequence[str],
+        backend: Backend,
+        device: torch.device,
+    ) -> SharedProduct:
+        """The product of these of `layers`, which are let go of before it is prepared."""
+        return cls(*_join(layers, names), backend, device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views of one result, in the order of the layers."""
         return self.kernel(x, current_step()).split(self.sizes, -1)
+
+
+def _join(
+    layers: Mapping[str, QuantizedLayer], names: Sequence[str]
+) -> tuple[QuantizedLayer, list[int]]:
+    parts = [layers[name] for name in names]
+    return join_layers(parts), [part.out_features for part in parts]
 
 
 def groups_by_input(
