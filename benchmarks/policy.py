@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from omega_qvla.config.presets import preset
 from omega_qvla.config.recipe import Scheme
-from omega_qvla.evaluation.arms import compile_stacks, has_bf16
+from omega_qvla.evaluation.bench_arms import compile_stacks, has_bf16
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.latency import Latency, alternate
 from omega_qvla.kernels.cpu import isa_names

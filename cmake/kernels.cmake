@@ -33,7 +33,8 @@ target_include_directories(omega_kernels PUBLIC ${kernels})
 target_compile_features(omega_kernels PUBLIC cxx_std_17)
 set_target_properties(omega_kernels PROPERTIES
   POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
-target_compile_options(omega_kernels PRIVATE -O3 -Wall -Wextra)
+# No contraction: every backend rounds after each operation, see docs/native.md.
+target_compile_options(omega_kernels PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
 if(OMEGA_HAVE_AVXVNNI)
   target_compile_definitions(omega_kernels PRIVATE OMEGA_HAVE_AVXVNNI)
 endif()

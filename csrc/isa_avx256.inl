@@ -26,7 +26,7 @@ struct Vec {
     static inline F load(const float* p) { return _mm256_loadu_ps(p); }
     static inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
     static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-    static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static inline F addf(F a, F b) { return _mm256_add_ps(a, b); }
 };
 
 #define LANES 8

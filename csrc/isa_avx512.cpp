@@ -44,7 +44,7 @@ struct Vec {
     static inline F load(const float* p) { return _mm512_loadu_ps(p); }
     static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
     static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-    static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static inline F addf(F a, F b) { return _mm512_add_ps(a, b); }
 };
 
 #define LANES 16

@@ -47,7 +47,7 @@ struct Vec {
     static inline F load(const float* p) { return vld1q_f32(p); }
     static inline void store(float* p, F v) { vst1q_f32(p, v); }
     static inline F mul(F a, F b) { return vmulq_f32(a, b); }
-    static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+    static inline F addf(F a, F b) { return vaddq_f32(a, b); }
 };
 
 #define LANES 4

@@ -36,7 +36,7 @@ struct Vec {
     static inline F load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
     static inline void store(float* p, F v) { *reinterpret_cast<Loose*>(p) = v; }
     static inline F mul(F a, F b) { return a * b; }
-    static inline F fma(F a, F b, F c) { return a * b + c; }
+    static inline F addf(F a, F b) { return a + b; }
 };
 
 #define LANES 4

@@ -137,15 +137,34 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
     }
 }
 
-// The row times the low-rank part's input side.
-inline void project_row(const Prologue& pro, const float* p, float* out) {
-    for (int i = 0; i < pro.rank; ++i) {
-        const float* b = pro.lowrank_b + size_t(i) * pro.padded;
-        Floats sum{};
-        for (int k = 0; k < pro.padded; k += LANES) sum += load(p + k) * load(b + k);
-        out[i] = 0.0f;
-        for (int l = 0; l < LANES; ++l) out[i] += sum[l];
+// To 12 bits (Veltkamp's splitting), so that products with the 11 bits of a stored 16-bit float
+// are exact: it then does not matter whether they are added by a fused instruction.
+inline float round_share(double sum) {
+    const double raised = sum * double((int64_t(1) << 41) + 1);
+    return float(raised - (raised - sum));
+}
+
+// The row times the low-rank part's input side: sums in double, whose order does not show.
+template <int RANKS>
+inline void project_ranks(const Prologue& pro, const float* p, int first, float* out) {
+    const float* b = pro.lowrank_b + size_t(first) * pro.padded;
+    Doubles sum[RANKS] = {};
+    for (int k = 0; k < pro.padded; k += LANES / 2) {
+        const Doubles x = load_wide(p + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < RANKS; ++i) sum[i] += x * load_wide(b + size_t(i) * pro.padded + k);
     }
+    for (int i = 0; i < RANKS; ++i) {
+        double total = 0.0;
+        for (int l = 0; l < LANES / 2; ++l) total += sum[i][l];
+        out[first + i] = round_share(total);
+    }
+}
+
+inline void project_row(const Prologue& pro, const float* p, float* out) {
+    int i = 0;
+    for (; i + 4 <= pro.rank; i += 4) project_ranks<4>(pro, p, i, out);
+    for (; i < pro.rank; ++i) project_ranks<1>(pro, p, i, out);
 }
 
 typedef int32_t Four __attribute__((vector_size(16), aligned(4), may_alias));

@@ -8,6 +8,15 @@ typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+// Half as many, twice as wide.
+typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
+typedef float LooseHalf __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));
+
+inline Doubles load_wide(const float* p) {
+    return __builtin_convertvector(HalfFloats(*reinterpret_cast<const LooseHalf*>(p)), Doubles);
+}
+
 inline Floats load(const float* p) { return *reinterpret_cast<const LooseFloats*>(p); }
 inline void store(float* p, Floats v) { *reinterpret_cast<LooseFloats*>(p) = v; }
 inline Floats splat(float v) { return v - Floats{}; }
@@ -161,33 +170,37 @@ void hadamard_blocks(float* p, int width, int block) {
     });
 }
 
-// ROWS rows times a block's matrix, in place. size is a multiple of LANES.
+// ROWS rows times a block's matrix, in place. Sums in double, rounded once: their order does not
+// show.
 template <int ROWS>
 void dense_block(float* p, size_t stride, const float* matrix, int block, int size) {
-    constexpr int N = 64 / LANES < 4 ? 64 / LANES : 4;
-    float in[ROWS][1024];
+    constexpr int half = LANES / 2, N = 4;
+    double in[ROWS][1024];
     for (int r = 0; r < ROWS; ++r) {
         for (int i = 0; i < size; ++i) in[r][i] = p[r * stride + i];
     }
     int o = 0;
-    for (; o + N * LANES <= size; o += N * LANES) {
-        Floats sum[ROWS][N] = {};
+    for (; o + N * half <= size; o += N * half) {
+        Doubles sum[ROWS][N] = {};
         for (int i = 0; i < size; ++i) {
             const float* row = matrix + size_t(i) * block + o;
             for (int n = 0; n < N; ++n) {
-                const Floats m = load(row + n * LANES);
+                const Doubles m = load_wide(row + n * half);
                 for (int r = 0; r < ROWS; ++r) sum[r][n] += m * in[r][i];
             }
         }
         for (int r = 0; r < ROWS; ++r) {
-            for (int n = 0; n < N; ++n) store(p + r * stride + o + n * LANES, sum[r][n]);
+            for (int n = 0; n < N; ++n) {
+                *reinterpret_cast<LooseHalf*>(p + r * stride + o + n * half) =
+                    __builtin_convertvector(sum[r][n], HalfFloats);
+            }
         }
     }
     for (; o < size; ++o) {
         for (int r = 0; r < ROWS; ++r) {
-            float sum = 0.0f;
+            double sum = 0.0;
             for (int i = 0; i < size; ++i) sum += in[r][i] * matrix[size_t(i) * block + o];
-            p[r * stride + o] = sum;
+            p[r * stride + o] = float(sum);
         }
     }
 }

@@ -3,7 +3,7 @@
 //
 // Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes),
 // split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
-// as_float (same bits), sub, fma, mul, and loads and stores of floats.
+// as_float (same bits), sub, mul, addf, and loads and stores of floats.
 
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
 
@@ -74,7 +74,7 @@ struct Tile {
         }
     }
 
-    // total += sum * scales of this segment.
+    // total += sum * row scale * column scale of this segment, rounded after each operation.
     static inline __attribute__((always_inline)) void accumulate(
         const TileArgs& t, int s, const I (&sum)[R][N], float* total) {
         F column[N];
@@ -88,21 +88,22 @@ struct Tile {
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                 float* into = total + (r * N + n) * Vec::lanes;
                 const F value = Vec::sub(Vec::as_float(sum[r][n]), Vec::splatf(kMagic));
-                const F scale = MODE == 3 ? Vec::mul(row, column[n])
-                                : MODE == 1 ? row : column[n];
-                Vec::store(into, Vec::fma(value, scale, Vec::load(into)));
+                F scaled = Vec::mul(value, MODE == 2 ? column[n] : row);
+                if (MODE == 3) scaled = Vec::mul(scaled, column[n]);
+                Vec::store(into, Vec::addf(Vec::load(into), scaled));
             }
         }
     }
 
     static inline void write(const TileArgs& t, int r, int n, F value) {
         const int column = n * Vec::lanes, left = t.columns - column;
-        const F scale = Vec::mul(Vec::splatf(t.token_scale[r]), Vec::load(t.row_scale + column));
-        value = Vec::fma(value, scale, Vec::load(t.bias + column));
+        value = Vec::mul(value, Vec::splatf(t.token_scale[r]));
+        value = Vec::mul(value, Vec::load(t.row_scale + column));
         for (int i = 0; i < t.rank; ++i) {
             const F share = Vec::splatf(t.lowrank[r * t.rank + i]);
-            value = Vec::fma(share, Vec::load(t.lowrank_a + i * t.outputs + column), value);
+            value = Vec::addf(value, Vec::mul(share, Vec::load(t.lowrank_a + i * t.outputs + column)));
         }
+        value = Vec::addf(value, Vec::load(t.bias + column));
         float* to = t.y + r * t.y_stride + column;
         if (left >= Vec::lanes) {
             Vec::store(to, value);

@@ -51,6 +51,10 @@ class ActionError(OmegaError):
     """A policy produced a non-finite action; it never reaches the robot."""
 
 
+class RecordingError(OmegaError):
+    """Observations cannot be recorded: the folder, its disk, or what was to be recorded."""
+
+
 class EnvError(OmegaError):
     """A simulator or its renderer is missing, or was given an impossible action."""
 

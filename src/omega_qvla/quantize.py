@@ -27,6 +27,7 @@ from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.smoothing import weight_profile
 from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
 from omega_qvla.pack.writer import write_pack
@@ -90,7 +91,8 @@ def quantize_policy(
     Raises:
         RecipeError: nothing to quantize, or a protected layer caught.
         CalibrationError: statistics missing, unusable, or of another checkpoint.
-        PackError: unfinished work of another build lies in the way; the file can't be written.
+        PackError: unfinished work of another build lies in the way; another build is writing
+            `out`; a file can't be written.
     """
     out = Path(out)
     steps = policy.num_steps if num_steps is None else num_steps
@@ -110,24 +112,26 @@ def quantize_policy(
         calibration=origin,
         software=software(),
     )
-    build = PartialBuild(out, manifest, [job.name for job in jobs])
-    build.open(_binding(manifest, jobs, calibration if needed else None), resume)
-    todo = [job for job in jobs if not build.finished(job.name)]
-    report = progress if progress is not None else _silent
-    sites = site_profiles(policy, jobs)
-    for chunk in _chunks(policy.module, todo, token_cap * steps, memory):
-        names = [job.name for job in chunk if needs_stats(job.scheme)]
-        stats: Mapping[str, LayerStats] = {}
-        if names and calibration is not None:
-            stats = calibration.stats
-        elif names and samples is not None:
-            stats = _collect(policy, samples, names, steps, token_cap, seed, report)
-        for job in chunk:
-            build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
-            finished = sum(build.finished(other.name) for other in jobs)
-            report(Progress("quantizing", finished, len(jobs), job.name))
-    write_pack(out, manifest, build.layers())
-    build.remove()
+    binding = _binding(manifest, jobs, calibration if needed else None)
+    with output_lock(out):
+        build = PartialBuild(out, manifest, [job.name for job in jobs])
+        build.open(binding, resume)
+        todo = [job for job in jobs if not build.finished(job.name)]
+        report = progress if progress is not None else _silent
+        sites = site_profiles(policy, jobs)
+        for chunk in _chunks(policy.module, todo, token_cap * steps, memory):
+            names = [job.name for job in chunk if needs_stats(job.scheme)]
+            stats: Mapping[str, LayerStats] = {}
+            if names and calibration is not None:
+                stats = calibration.stats
+            elif names and samples is not None:
+                stats = _collect(policy, samples, names, steps, token_cap, seed, report)
+            for job in chunk:
+                build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
+                finished = sum(build.finished(other.name) for other in jobs)
+                report(Progress("quantizing", finished, len(jobs), job.name))
+        write_pack(out, manifest, build.layers())
+        build.remove()
     return out
 
 

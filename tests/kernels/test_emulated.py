@@ -11,7 +11,7 @@ import torch
 from numerics.problems import layer_weight, random, stats_of, tokens
 from omega_qvla.config.recipe import ActivationScheme, Rotation, Scheme, Smoothing, WeightScheme
 from omega_qvla.errors import StepError
-from omega_qvla.kernels import emulated, reference
+from omega_qvla.kernels import arithmetic, emulated, reference
 from omega_qvla.kernels.emulated import EmulatedBackend
 from omega_qvla.kernels.prologue import build_prologue
 from omega_qvla.kernels.reference import transform_input
@@ -42,19 +42,22 @@ def make(scheme: Scheme, width: int, steps: int | None, out: int = 40) -> Quanti
 
 
 def agree(layer: QuantizedLayer, x: torch.Tensor, step: Step | None) -> None:
-    """Given the same x', equal up to float32 rounding; on the whole, but for a token or two in
-    which the last bit of an x' tipped a rounding.
+    """Bit for bit where the scheme is defined so; else up to float32 rounding given the same x',
+    and on the whole, but for a token or two in which the last bit of an x' tipped a rounding.
     """
     expected = reference.linear(x, layer, step)
+    got = EmulatedBackend().prepare(layer, CPU)(x, step)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if layer.scheme.native:
+        assert torch.equal(got, expected)
+        return
+    if expected.numel() == 0:
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             emulated, "build_prologue", lambda layer, _: partial(transform_input, layer=layer)
         )
         same_input = EmulatedBackend().prepare(layer, CPU)(x, step)
-    got = EmulatedBackend().prepare(layer, CPU)(x, step)
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    if expected.numel() == 0:
-        return
     size = float(expected.abs().max())
     assert float((same_input - expected).abs().max()) < 3e-6 * size
     off = ((got - expected).abs() > 3e-6 * size).reshape(-1, layer.out_features).any(1)
@@ -158,10 +161,18 @@ def test_many_groups_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
 @pytest.mark.parametrize("width", [48, 160, 576])
 def test_prologue_is_the_transform(rotation: Rotation, width: int) -> None:
-    scheme = Scheme(rotation=rotation, smoothing=Smoothing(), permutation=True)
-    layer, x = make(scheme, width, None), random(9, width)
+    scheme = Scheme(
+        rotation=rotation,
+        activation=ActivationScheme("per_token"),
+        smoothing=Smoothing(),
+        permutation=True,
+    )
+    layer, x = make(scheme, width, None), random(3000, width)
     expected = layer.transform.activations(x)
     got = build_prologue(layer, CPU)(x)
+    assert torch.equal(got, reference.rotate_input(x, layer))
+    assert torch.equal(build_prologue(layer, CPU)(x[7:8]), got[7:8])
+    got = got * arithmetic.rotation_norm(layer)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 

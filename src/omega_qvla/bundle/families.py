@@ -64,18 +64,13 @@ def embodied(name: str) -> bool:
 
 
 def blank_policy(
-    family: str,
-    config: Mapping[str, Any],
-    folder: Path,
-    *,
-    steps: int | None = None,
-    one_embodiment: bool = False,
+    family: str, config: Mapping[str, Any], folder: Path, *, one_embodiment: bool = False
 ) -> Bundled:
-    """The policy without weights (on the meta device), its processor read from `folder`.
+    """The policy of a bundle without weights (on the meta device).
 
     Args:
         config: the content of config.json.
-        steps: denoising steps, in place of the configuration's.
+        folder: where the processor's files are, as the processor itself saves them.
         one_embodiment: room for the weights of one embodiment only.
 
     Raises:
@@ -83,28 +78,38 @@ def blank_policy(
     """
     if family == "pi05":
         pi05 = Pi05Config.from_dict(config)
-        if steps is not None:
-            pi05 = dataclasses.replace(pi05, num_inference_steps=steps)
-        with torch.device("meta"):
-            model = Pi05Model(pi05)
-        return Pi05Policy(_frozen(model), Pi05Processor.load(folder, pi05))
+        return _pi05(pi05, Pi05Processor.load(folder, pi05))
     if family != "groot_n15":
         raise BundleError(f"unknown policy family {family!r}; one of {', '.join(PARTS)}")
     groot = GrootConfig.from_dict(config)
-    head = groot.action_head
-    if steps is not None:
-        head = dataclasses.replace(head, num_inference_timesteps=steps)
-        groot = dataclasses.replace(groot, action_head=head)
-    processor = GrootProcessor.load(folder, groot)
-    if one_embodiment:
-        head = dataclasses.replace(head, max_num_embodiments=1)
+    return _groot(groot, GrootProcessor.load(folder, groot), one_embodiment)
+
+
+def with_steps(policy: Bundled, steps: int) -> Bundled:
+    """The same policy for another number of denoising steps, without weights."""
+    if isinstance(policy, Pi05Policy):
+        pi05 = dataclasses.replace(policy.model.config, num_inference_steps=steps)
+        return _pi05(pi05, policy.processor)
+    groot = policy.model.config
+    head = dataclasses.replace(groot.action_head, num_inference_timesteps=steps)
+    return _groot(dataclasses.replace(groot, action_head=head), policy.processor)
+
+
+def _pi05(config: Pi05Config, processor: Pi05Processor) -> Pi05Policy:
     with torch.device("meta"):
-        groot_model = GrootModel(dataclasses.replace(groot, action_head=head))
-    return GrootPolicy(_frozen(groot_model), processor)
+        model = Pi05Model(config)
+    return Pi05Policy(model.eval().requires_grad_(False), processor)
 
 
-def _frozen(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
+def _groot(
+    config: GrootConfig, processor: GrootProcessor, one_embodiment: bool = False
+) -> GrootPolicy:
+    if one_embodiment:
+        head = dataclasses.replace(config.action_head, max_num_embodiments=1)
+        config = dataclasses.replace(config, action_head=head)
+    with torch.device("meta"):
+        model = GrootModel(config)
+    return GrootPolicy(model.eval().requires_grad_(False), processor)
 
 
 def time_linears(policy: Bundled) -> tuple[str, ...]:

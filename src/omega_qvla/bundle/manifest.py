@@ -14,11 +14,14 @@ from typing import Any
 from omega_qvla.bundle.options import BundleOptions
 from omega_qvla.errors import BundleError
 from omega_qvla.pack.manifest import sha256_text
+from omega_qvla.policies.tokenizer_files import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 
 MANIFEST = "bundle.json"
 PACK, REST = "pack.safetensors", "rest.safetensors"
-#: Every bundle has these; the statistics lie where the family's processor keeps them.
-REQUIRED = (PACK, REST, "config.json", "processor.json", "tokenizer.json")
+#: Every bundle has these and a tokenizer, in one of two formats; the statistics lie where the
+#: family's processor keeps them.
+REQUIRED = (PACK, REST, "config.json", "processor.json")
+TOKENIZERS = (TOKENIZER_JSON, SENTENCEPIECE_MODEL)
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
 
@@ -116,6 +119,8 @@ def read_bundle(path: str | os.PathLike[str], verify: bool = True) -> BundleMani
 
 def _check_files(folder: Path, manifest: BundleManifest, verify: bool) -> None:
     missing = sorted(set(REQUIRED) - set(manifest.files))
+    if not set(TOKENIZERS) & set(manifest.files):
+        missing.append(" or ".join(TOKENIZERS))
     if missing:
         raise BundleError(f"{folder}: the manifest does not list {', '.join(missing)}")
     for name, said in manifest.files.items():

@@ -14,7 +14,8 @@ from omega_qvla.bundle.sizes import narrows
 from omega_qvla.bundle.slim import Slim, slim
 from omega_qvla.errors import BundleError
 from omega_qvla.modules.linear import replace_linears
-from omega_qvla.pack.apply import ApplyReport, check_steps
+from omega_qvla.pack.activation_bits import with_activation_bits
+from omega_qvla.pack.apply import ApplyReport, Missing, check_complete, check_steps
 from omega_qvla.pack.files import read_header
 from omega_qvla.pack.reader import load_tensors, read_pack
 from omega_qvla.policies.checkpoint import run_dtype
@@ -28,6 +29,8 @@ def load_bundle(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    act_bits: int | None = None,
+    missing: Missing = "fallback",
     verify: bool = True,
 ) -> tuple[Bundled, ApplyReport]:
     """The policy of a bundle, ready to act, and what runs its quantized layers.
@@ -36,7 +39,7 @@ def load_bundle(
     so they never exist in 16 or 32 bits; the other tensors are read one at a time.
 
     Args:
-        backend, device, dtype: as for a checkpoint with a pack.
+        backend, device, dtype, act_bits, missing: as for a checkpoint with a pack.
         verify: prove every file by its sha256 first (one pass over the bundle).
 
     Raises:
@@ -51,8 +54,11 @@ def load_bundle(
     if pack.manifest.family != manifest.family:
         raise BundleError(f"{folder}: a {pack.manifest.family} pack in a {manifest.family} bundle")
     check_steps(pack.manifest, policy.num_steps)
+    if missing == "error":
+        check_complete(policy, pack)
+    layers = pack.layers if act_bits is None else with_activation_bits(pack.layers, act_bits)
     together = [site.consumers for site in policy.sites()]
-    used = replace_linears(policy.module, pack.layers, backend, target, together)
+    used = replace_linears(policy.module, layers, backend, target, together)
     slimmed = slim(policy, manifest.options, pack.layers, dtype)
     _load_rest(folder / REST, policy, slimmed, target, dtype)
     policy.module.requires_grad_(False)

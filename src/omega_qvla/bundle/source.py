@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Source:
 
 @contextmanager
 def open_source(
-    files: dict[str, Path], layout: checkpoint.Layout, network: nn.Module
+    files: Mapping[str, Path], layout: checkpoint.Layout, network: nn.Module
 ) -> Iterator[Source]:
     """Open the files of a checkpoint. Raises CheckpointError where they do not fit `network`."""
     names = checkpoint.stored_names(files, layout, network)

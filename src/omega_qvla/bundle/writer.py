@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import omega_qvla
-from omega_qvla.bundle.families import Bundled, bake, blank_policy, embodied, time_linears
+from omega_qvla.bundle.families import Bundled, bake, embodied, time_linears, with_steps
 from omega_qvla.bundle.manifest import (
     MANIFEST,
     PACK,
@@ -28,14 +29,14 @@ from omega_qvla.bundle.source import Source, open_source
 from omega_qvla.errors import BundleError, PackError
 from omega_qvla.modules.int8 import quantize_rows
 from omega_qvla.pack.apply import check_steps
-from omega_qvla.pack.files import write_tensors
+from omega_qvla.pack.files import why_not_written, write_tensors
+from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import source_digest
 from omega_qvla.pack.merge import differing_tensors
 from omega_qvla.pack.reader import Pack, read_pack
-from omega_qvla.policies import checkpoint
-from omega_qvla.policies.files import read_json, write_json
+from omega_qvla.policies.files import write_json
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
-from omega_qvla.policies.registry import CONFIG, source_hash
+from omega_qvla.policies.registry import CONFIG, read_outline, source_hash
 
 
 def write_bundle(
@@ -43,26 +44,46 @@ def write_bundle(
     pack: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: BundleOptions | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
 ) -> BundleManifest:
     """Write the bundle of a checkpoint and its pack into the new folder `out`.
 
     The checkpoint's tensors are read one at a time; the folder appears under its name once
-    every file in it is complete and on the disk.
+    every file in it is complete and on the disk. Whatever layout the checkpoint has, the
+    bundle's settings are written as `save_policy` writes them, so it needs no `settings` later.
+
+    Args:
+        checkpoint_dir, settings, tokenizer, revision, offline, cache: as of `load_policy`.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be loaded.
         PackError: the pack is damaged, or of another checkpoint or number of steps.
-        BundleError: `out` exists or cannot be written, or the options do not fit the pack.
+        BundleError: `out` exists, is being written or cannot be, or the options do not fit the
+            pack.
     """
     options = options or BundleOptions()
-    folder = Path(checkpoint_dir)
-    if is_bundle(folder):
-        raise BundleError(f"{folder} is a bundle already; give the original checkpoint")
-    files = checkpoint.tensor_files(folder)
-    layout = checkpoint.detect_layout(files, folder)
-    config = read_json(folder / CONFIG)
-    policy = blank_policy(layout.family, config, folder, steps=options.bake_steps)
-    with _new_folder(Path(out)) as building, open_source(files, layout, policy.module) as source:
+    if is_bundle(checkpoint_dir):
+        raise BundleError(f"{checkpoint_dir} is a bundle already; give the original checkpoint")
+    found = read_outline(
+        checkpoint_dir,
+        settings=settings,
+        tokenizer=tokenizer,
+        revision=revision,
+        offline=offline,
+        cache=cache,
+    )
+    policy, steps = found.blank, options.bake_steps
+    policy = policy if steps is None else with_steps(policy, steps)
+    network = policy.module
+    with (
+        _new_folder(Path(out)) as building,
+        open_source(found.files, found.layout, network) as source,
+    ):
         shutil.copyfile(pack, building / PACK)
         read = read_pack(building / PACK)
         _check_source(policy, read, source)
@@ -96,14 +117,15 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise BundleError(f"{out} exists already; remove it or choose another --out")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        os.rename(temporary, out)
-        _sync(out.parent)
+        with output_lock(out, BundleError):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            os.rename(temporary, out)
+            _sync(out.parent)
     except OSError as error:
-        raise BundleError(f"{out} cannot be written: {error}") from error
+        raise BundleError(f"{out} cannot be written: {why_not_written(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

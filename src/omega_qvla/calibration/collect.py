@@ -17,7 +17,13 @@ from omega_qvla.calibration.observers import InputObserver
 from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.errors import CalibrationError
 from omega_qvla.numerics.stats import LayerStats
-from omega_qvla.pack.files import hash_entries, read_header, tensor_sha256, write_tensors
+from omega_qvla.pack.files import (
+    hash_entries,
+    read_header,
+    tensor_sha256,
+    why_not_written,
+    write_tensors,
+)
 from omega_qvla.pack.manifest import sha256_text, source_digest
 from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.base import Policy
@@ -52,7 +58,9 @@ class Calibration:
         try:
             write_tensors(Path(path), tensors, metadata)
         except OSError as error:
-            raise CalibrationError(f"{os.fspath(path)}: cannot be written: {error}") from error
+            raise CalibrationError(
+                f"{os.fspath(path)}: cannot be written: {why_not_written(error)}"
+            ) from error
         return Path(path)
 
     @classmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError
-from omega_qvla.pack.files import read_header, tensor_bytes, write_tensors
+from omega_qvla.pack.files import read_header, tensor_bytes, why_not_written, write_tensors
 from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.observation import Observation
 
@@ -91,7 +91,9 @@ def write_observations(
     try:
         write_tensors(Path(path), tensors, metadata)
     except OSError as error:
-        raise CalibrationError(f"{os.fspath(path)}: cannot be written: {error}") from error
+        raise CalibrationError(
+            f"{os.fspath(path)}: cannot be written: {why_not_written(error)}"
+        ) from error
     return Path(path)
 
 

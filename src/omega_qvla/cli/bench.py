@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import add_pack_options, loading, pack_options
 from omega_qvla.cli.memory_process import peak_memory
 from omega_qvla.cli.parsing import add_checkpoint, add_device, at_least
 
@@ -65,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the memory"
     )
+    add_pack_options(parser)
     add_device(parser)
 
 
@@ -96,8 +98,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _kinds(args: argparse.Namespace) -> list[str]:
-    """The arms, as `evaluation.arms` calls them."""
-    from omega_qvla.evaluation.arms import has_bf16
+    """The arms, as `evaluation.bench_arms` calls them."""
+    from omega_qvla.evaluation.bench_arms import has_bf16
 
     bf16 = args.device == "cpu" and has_bf16() if args.bf16 is None else args.bf16
     kinds = ["fp32", "control"]
@@ -108,13 +110,15 @@ def _kinds(args: argparse.Namespace) -> list[str]:
 
 def _arms(args: argparse.Namespace, kinds: list[str], console: Console) -> dict[str, Policy]:
     """Every way to run it, each with a policy of its own."""
-    from omega_qvla.evaluation.arms import Arm
+    from omega_qvla.evaluation.bench_arms import BenchArm
 
     console.note("loading")
+    options = {"device": args.device, **loading(args)}
     arms: dict[str, Policy] = {}
     for kind in kinds:
-        engine = Arm(kind).load(args.checkpoint, args.pack, args.device)
-        arms[f"{args.pack.stem} {engine.backend}" if Arm(kind).quantized else kind] = engine.policy
+        arm = BenchArm(kind)
+        engine = arm.load(args.checkpoint, args.pack, **options, **pack_options(args))
+        arms[f"{args.pack.stem} {engine.backend}" if arm.quantized else kind] = engine.policy
     return arms
 
 
@@ -186,8 +190,10 @@ def _memory(args: argparse.Namespace, kinds: list[str], console: Console) -> lis
     if not args.memory or not available() or args.device != "cpu":
         return []
     console.note("measuring the peak memory of each arm")
+    options = {**loading(args), **pack_options(args)}
     measured = {
-        kind: peak_memory(kind, args.checkpoint, args.pack, args.observations) for kind in kinds
+        kind: peak_memory(kind, args.checkpoint, args.pack, args.observations, options)
+        for kind in kinds
     }
     console.table(
         ["arm", "interpreter MiB", "loading, peak above it", "running, peak above it"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.loading import loading
 from omega_qvla.cli.parsing import add_backend, add_checkpoint, at_least
 from omega_qvla.errors import BundleError
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.observations is not None and not args.observations.is_file():
         raise BundleError(f"{args.observations}: no such observations; nothing was written")
     console.note(f"bundling {args.checkpoint}")
-    manifest = write_bundle(args.checkpoint, args.pack, args.out, options)
+    manifest = write_bundle(args.checkpoint, args.pack, args.out, options, **loading(args))
     data = show_bundle(args.out, manifest, console)
     if args.observations is not None:
         data["drift"] = _drift(args, console)
@@ -133,7 +134,9 @@ def _drift(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.note(f"drift on {len(samples)} observations")
     loaded = Engine.load(args.out, backend=args.backend, device=args.device).policy
     found = predict_chunks(loaded, observations, seeds)
-    source = Engine.load(args.checkpoint, args.pack, backend=args.backend, device=args.device)
+    source = Engine.load(
+        args.checkpoint, args.pack, backend=args.backend, device=args.device, **loading(args)
+    )
     steps = loaded.num_steps
     if source.policy.num_steps != steps:
         console.note(f"the checkpoint runs {source.policy.num_steps} steps, the bundle {steps}")

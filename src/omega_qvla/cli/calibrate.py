@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import size
+from omega_qvla.cli.loading import loading
 from omega_qvla.cli.parsing import (
     DRIFT_SAMPLES,
     SIDES,
@@ -18,7 +19,7 @@ from omega_qvla.cli.parsing import (
     at_least,
     counts,
 )
-from omega_qvla.errors import ConfigError
+from omega_qvla.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,12 +92,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.cli.sources import given_observations
     from omega_qvla.cli.sweep import run_sweep
     from omega_qvla.config.presets import resolve_recipe
+    from omega_qvla.pack.lock import output_lock
     from omega_qvla.policies.registry import load_policy
 
     if bool(args.out) == bool(args.sweep):
         raise ConfigError("give either --out FILE or --sweep N,N,...: a sweep keeps no calibration")
     recipes = [resolve_recipe(name) for name in args.recipe or ["omega"]]
-    outline = open_checkpoint(args.checkpoint)
+    options = loading(args)
+    outline = open_checkpoint(args.checkpoint, **options)
     names = layer_names(outline.policy, recipes)
     if args.sweep:
         return run_sweep(args, outline, recipes, console)
@@ -106,9 +109,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "observations are needed: --observations PATH, --dataset DIR or --env metaworld"
         )
     console.note(f"loading {args.checkpoint}")
-    policy = load_policy(args.checkpoint, device=args.device)
+    policy = load_policy(outline.path, device=args.device, **options)
     console.note(f"observing {len(names)} layers on {len(samples)} observations")
-    with console.bar("calibrating") as tick:
+    with output_lock(args.out, CalibrationError), console.bar("calibrating") as tick:
         calibration = calibrate(
             policy,
             samples,
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             seed=args.seed,
             progress=lambda done, total: tick(done, total, ""),
         )
-    calibration.save(args.out)
+        calibration.save(args.out)
     data: dict[str, Any] = {
         "out": str(args.out),
         "bytes": args.out.stat().st_size,

@@ -9,7 +9,7 @@ from typing import Any
 
 from omega_qvla.bundle.manifest import is_bundle, read_bundle
 from omega_qvla.bundle.reader import outline
-from omega_qvla.errors import CheckpointError
+from omega_qvla.errors import BundleError, CheckpointError
 from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.checkpoint import detect_layout, tensor_files
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
@@ -73,18 +73,27 @@ def family_of(path: Path) -> str:
     return detect_layout(tensor_files(path), path).family
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, **loading: Any) -> Checkpoint:
     """Read everything but the weights, of a checkpoint or a bundle.
+
+    Args:
+        path: of a checkpoint on the Hub, its id; `Checkpoint.path` then is where it lies here.
+        loading: keyword arguments of `read_outline`.
 
     Raises:
         CheckpointError, ConfigError, BundleError: something is missing or impossible.
     """
     if is_bundle(path):
+        if loading.get("settings") or loading.get("tokenizer"):
+            raise BundleError(
+                f"{path} is a bundle, which has its own settings and tokenizer: leave --settings "
+                "and --tokenizer out, or bundle anew with them"
+            )
         return _open_bundle(path)
-    found = read_outline(path)
+    found = read_outline(path, **loading)
     files = set(found.files.values())
     size = sum(file.stat().st_size for file in files)
-    return Checkpoint(path, found.blank, _image_size(found.blank), size)
+    return Checkpoint(found.folder, found.blank, _image_size(found.blank), size)
 
 
 def _open_bundle(path: Path) -> Checkpoint:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, rate, size
+from omega_qvla.cli.loading import add_loading, add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import (
     DRIFT_SAMPLES,
     add_backend,
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (and the reference)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table there")
     drift = parser.add_argument_group("drift")
-    drift.add_argument("--checkpoint", type=Path, metavar="DIR")
+    drift.add_argument("--checkpoint", type=Path, metavar="DIR", help="or its id on the Hub")
     drift.add_argument(
         "--pack", action="append", type=labelled, metavar="LABEL=FILE", help="may be repeated"
     )
@@ -61,6 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"use so many of them (default: all of a file, {DRIFT_SAMPLES} of a dataset)",
     )
     drift.add_argument("--variant", default="plain", help="of the checkpoint (default: plain)")
+    add_loading(parser)
+    add_pack_options(parser)
     add_backend(parser)
 
 
@@ -128,7 +131,8 @@ def _drift(
             "--observations)"
         )
     packs = unique(args.pack, "pack")
-    outline = open_checkpoint(args.checkpoint)
+    options = loading(args)
+    outline = open_checkpoint(args.checkpoint, **options)
     source = open_recordings(args, outline.policy)
     assert source is not None
     count = args.num_samples
@@ -140,12 +144,15 @@ def _drift(
             check_unseen(label, pack, samples)
     observations, seeds = samples.observations, drift_seeds(samples)
     console.note(f"drift on {len(samples)} observations: full precision")
-    policy = Engine.load(args.checkpoint, device=args.device).policy
+    options |= {"device": args.device}
+    policy = Engine.load(outline.path, **options).policy
     expected = predict_chunks(policy, observations, seeds)
     drift, sizes = {}, {}
     for label, pack in packs.items():
         console.note(f"drift: {label}")
-        engine = Engine.load(args.checkpoint, pack, backend=args.backend, device=args.device)
+        engine = Engine.load(
+            outline.path, pack, backend=args.backend, **options, **pack_options(args)
+        )
         key = ArmKey(policy.family, args.variant, label)
         drift[key] = chunk_drift(expected, predict_chunks(engine.policy, observations, seeds))
         if engine.report is not None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent
+from omega_qvla.cli.loading import add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import add_backend, add_checkpoint, at_least, labelled, unique
 from omega_qvla.errors import ConfigError
 
 if TYPE_CHECKING:
+    from omega_qvla.cli.checkpoints import Checkpoint
     from omega_qvla.evaluation.plan import Plan
     from omega_qvla.evaluation.records import Arm, EpisodeRecord
 
@@ -77,6 +79,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", action="store_true", help="keep frames and actions of each task's first episode"
     )
+    add_pack_options(parser)
     add_backend(parser)
 
 
@@ -105,27 +108,31 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from omega_qvla.evaluation.plan import Plan, episodes
     from omega_qvla.evaluation.records import Protocol
 
-    outline = open_checkpoint(args.checkpoint)
-    options: dict[str, Any] = {}
+    options = loading(args)
+    outline = open_checkpoint(args.checkpoint, **options)
+    env_options: dict[str, Any] = {}
     tasks: Sequence[str] = args.tasks or ()
     if args.env == "metaworld":
         from omega_qvla.cli.sources import check_tasks
 
-        tasks, options = check_tasks(tasks or list(TASKS)), {"size": outline.image_size}
+        tasks = check_tasks(tasks or list(TASKS))
+        env_options = {"size": outline.image_size}
     if not tasks:
         raise ConfigError(f"--tasks is needed for the environment {args.env}")
     return Plan(
-        arms=_arms(args, outline.family),
+        arms=_arms(args, outline, options),
         episodes=episodes(list(tasks), eval_seeds(args.episodes, args.first_seed)),
         protocol=Protocol(execute=args.execute, max_steps=args.max_steps),
         env=args.env,
-        env_options=options,
+        env_options=env_options,
     )
 
 
-def _arms(args: argparse.Namespace, family: str) -> tuple[Arm, ...]:
+def _arms(
+    args: argparse.Namespace, outline: Checkpoint, options: Mapping[str, Any]
+) -> tuple[Arm, ...]:
     from omega_qvla.bundle.manifest import is_bundle
-    from omega_qvla.evaluation.records import REFERENCE, Arm
+    from omega_qvla.evaluation.records import REFERENCE
 
     reference = BUNDLE if is_bundle(args.checkpoint) else REFERENCE
     packs: dict[str, str | None] = {} if args.no_reference else {reference: None}
@@ -137,17 +144,40 @@ def _arms(args: argparse.Namespace, family: str) -> tuple[Arm, ...]:
         packs[label] = pack
     if not packs:
         raise ConfigError("--no-reference leaves nothing to evaluate: give --arm LABEL=PACK")
-    return tuple(
-        Arm(
-            label,
-            str(args.checkpoint) if pack is None or not is_bundle(pack) else pack,
-            family,
-            args.variant,
-            pack=None if pack is None or is_bundle(pack) else pack,
-            backend=args.backend,
-            device=args.device,
-        )
-        for label, pack in packs.items()
+    if args.act_bits is not None and not any(packs.values()) and not is_bundle(outline.path):
+        raise ConfigError("--act-bits are of a pack's activations: give --arm LABEL=PACK")
+    return tuple(_arm(args, label, pack, outline, options) for label, pack in packs.items())
+
+
+def _arm(
+    args: argparse.Namespace,
+    label: str,
+    pack: str | None,
+    outline: Checkpoint,
+    options: Mapping[str, Any],
+) -> Arm:
+    """The checkpoint (or the bundle in its place), the checkpoint with a pack, or a bundle."""
+    from omega_qvla.bundle.manifest import is_bundle
+    from omega_qvla.evaluation.records import Arm
+
+    subject = str(outline.path) if pack is None or not is_bundle(pack) else pack
+    quantized = pack is not None or is_bundle(subject)
+    settled: dict[str, Any] = pack_options(args) if quantized else {}
+    if not is_bundle(subject):
+        settled |= {
+            "settings": options["settings"],
+            "tokenizer": None if args.tokenizer is None else str(args.tokenizer),
+            "offline": args.offline,
+            "pack": pack,
+        }
+    return Arm(
+        label,
+        subject,
+        outline.family,
+        args.variant,
+        backend=args.backend,
+        device=args.device,
+        **settled,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import count, size
+from omega_qvla.cli.loading import add_loading, loading
 
 DESCRIPTION = """\
 Without a path: versions, what the CPU can do, which kernel backends run here (and why
@@ -33,7 +34,10 @@ _FLAGS = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("path", nargs="?", type=Path, help="a checkpoint's or a bundle's directory")
+    parser.add_argument(
+        "path", nargs="?", type=Path, help="a checkpoint's (or its id on the Hub) or a bundle's"
+    )
+    add_loading(parser)
     parser.add_argument(
         "--recipe", default="omega", help="preset or YAML file to ask about (default: omega)"
     )
@@ -125,11 +129,11 @@ def _checkpoint(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from omega_qvla.config.presets import resolve_recipe
 
     recipe = resolve_recipe(args.recipe)
-    checkpoint = open_checkpoint(args.path)
+    checkpoint = open_checkpoint(args.path, **loading(args))
     data = checkpoint.describe()
     console.facts(
         {
-            "checkpoint": args.path,
+            "checkpoint": checkpoint.path,
             "family": FAMILIES[checkpoint.family],
             "parameters": ", ".join(
                 f"{side} {count(number)}" for side, number in data["parameters"].items()
@@ -160,7 +164,7 @@ def _bundle(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.layers:
         for name in pack.layers:
             console.text(name)
-    outline = open_checkpoint(args.path).describe()
+    outline = open_checkpoint(args.path, **loading(args)).describe()
     del outline["parameters"]  # of the network, not of what is stored of it
     return {**outline, **data, "recipe": pack.recipe.get("name"), "layers": list(pack.layers)}
 

@@ -1,6 +1,6 @@
 """One arm in a process of its own, for its peak memory.
 
-    python -m omega_qvla.cli.memory_process ARM CHECKPOINT PACK OBSERVATIONS
+    python -m omega_qvla.cli.memory_process ARM CHECKPOINT PACK OBSERVATIONS OPTIONS
 
 prints one JSON object: the fields of `PeakMemory`.
 """
@@ -11,8 +11,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omega_qvla.errors import EvaluationError
 
@@ -25,8 +26,11 @@ def peak_memory(
     checkpoint: str | os.PathLike[str],
     pack: str | os.PathLike[str] | None,
     observations: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
 ) -> PeakMemory:
-    """Load and run an arm (`evaluation.arms.Arm`) in a new process, on the first observation.
+    """Load and run an arm (`evaluation.bench_arms.BenchArm`) in a new process, on the first observation.
+
+    options: keyword arguments of `BenchArm.load` (paths become strings).
 
     Raises:
         EvaluationError: the process failed, with what it said.
@@ -35,6 +39,7 @@ def peak_memory(
 
     words = [arm, os.fspath(checkpoint), "" if pack is None else os.fspath(pack)]
     command = [sys.executable, "-m", __name__, *words, os.fspath(observations)]
+    command.append(json.dumps(dict(options or {}), default=os.fspath))
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -45,12 +50,15 @@ def peak_memory(
 def main(words: list[str]) -> None:
     """The measured process."""
     from omega_qvla.calibration.samples import read_observations
-    from omega_qvla.evaluation.arms import Arm
+    from omega_qvla.evaluation.bench_arms import BenchArm
     from omega_qvla.evaluation.peak_memory import measure_memory
 
-    arm, checkpoint, pack, observations = words
+    arm, checkpoint, pack, observations, options = words
     observation = read_observations(observations).observations[0]
-    print(json.dumps(asdict(measure_memory(Arm(arm), checkpoint, pack or None, observation))))
+    memory = measure_memory(
+        BenchArm(arm), checkpoint, pack or None, observation, json.loads(options)
+    )
+    print(json.dumps(asdict(memory)))
 
 
 if __name__ == "__main__":

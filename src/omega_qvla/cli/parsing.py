@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from omega_qvla.cli.loading import add_loading
 from omega_qvla.errors import ConfigError
 
 SIDES = ("backbone", "action_head")
@@ -46,13 +47,15 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The positional argument CHECKPOINT."""
+    """The positional argument CHECKPOINT, and the options to read it."""
     parser.add_argument(
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="directory of a pi0.5 (openpi) or GR00T N1.5 checkpoint",
+        help="directory of a pi0.5 or GR00T N1.5 checkpoint (openpi, LeRobot, Isaac-GR00T), or "
+        "its id on the Hugging Face Hub (owner/name)",
     )
+    add_loading(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

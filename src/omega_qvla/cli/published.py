@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import loading
 from omega_qvla.cli.overrides import OVERRIDES
 from omega_qvla.errors import ConfigError
 
@@ -50,5 +51,5 @@ def convert(args: argparse.Namespace, console: Console) -> None:
     published = read_published(args.from_published)
     console.note(f"{args.from_published}: {len(published.records)} layers")
     console.note(f"loading {args.checkpoint}")
-    policy = load_policy(args.checkpoint, device=args.device)
+    policy = load_policy(args.checkpoint, device=args.device, **loading(args))
     convert_published(published, policy, args.out, activation=activation)

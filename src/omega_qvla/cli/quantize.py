@@ -9,6 +9,7 @@ from typing import Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, size
+from omega_qvla.cli.loading import loading
 from omega_qvla.cli.overrides import add_overrides, override
 from omega_qvla.cli.parsing import SIDES, TOKEN_CAPS, add_calibration, add_checkpoint, add_device
 from omega_qvla.cli.published import add_published, convert
@@ -88,14 +89,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     sides = SIDES if args.side == "both" else (args.side,)
     recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
-    outline = open_checkpoint(args.checkpoint)
+    options = loading(args)
+    outline = open_checkpoint(args.checkpoint, **options)
     plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
     if args.calibration and (args.observations or args.dataset or args.env):
         raise ConfigError("--calibration already holds its observations; give one of them")
     calibration = Calibration.load(args.calibration) if args.calibration else None
     samples = given_observations(args, outline, console)
     console.note(f"loading {args.checkpoint}")
-    policy = load_policy(args.checkpoint, device=args.device)
+    policy = load_policy(outline.path, device=args.device, **options)
     console.note(f"recipe {recipe.name}, {args.side}")
     with console.bar(f"building {args.out.name}") as tick:
 

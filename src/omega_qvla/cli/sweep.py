@@ -12,6 +12,7 @@ from omega_qvla.calibration.samples import ObservationSet, part, pick, select_sa
 from omega_qvla.calibration.sources import Source
 from omega_qvla.calibration.sources.base import DEFAULT_HELD_OUT, draw
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import loading
 from omega_qvla.cli.measure import drift_seeds
 from omega_qvla.cli.parsing import TOKEN_CAPS
 from omega_qvla.cli.recordings import held_out_of, open_recordings
@@ -42,7 +43,7 @@ def run_sweep(
     outline.policy.prepare(held.observations[:1])
     seeds = drift_seeds(held)
     console.note(f"loading {args.checkpoint}; drift on {len(held)} held-out observations")
-    policy = load_policy(args.checkpoint, device=args.device)
+    policy = load_policy(outline.path, device=args.device, **loading(args))
     expected = predict_chunks(policy, held.observations, seeds)
     rows = []
     for recipe in recipes:
@@ -149,7 +150,7 @@ def _quantized_chunks(
                 progress=show,
                 sides=[s for s in ("backbone", "action_head") if recipe.side(s) is not None],
             )
-        quantized = load_policy(args.checkpoint, device=args.device)
+        quantized = load_policy(args.checkpoint, device=args.device, **loading(args))
         report = apply_pack(quantized, out, args.backend)
         chunks = predict_chunks(quantized, held.observations, drift_seeds(held))
     return chunks, report.backend

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.loading import add_loading, loading
 
 DESCRIPTION = """\
 Check a pack: every byte against its sha256, every layer against its scheme. With the
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, help="the checkpoint that it was made from"
     )
+    add_loading(parser)
     parser.add_argument("--all", action="store_true", help="list every check, not only failures")
 
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     policy = None
     if args.checkpoint is not None:
         console.note(f"loading {args.checkpoint}")
-        policy = load_policy(args.checkpoint)
+        policy = load_policy(args.checkpoint, **loading(args))
     checks = verify_pack(pack, policy, strict=False)
     failed = [check for check in checks if not check.passed]
     shown = [c for c in checks if args.all or not c.passed or c.layer is None]

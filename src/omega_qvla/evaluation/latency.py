@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from omega_qvla.evaluation.arms import vision_of
+from omega_qvla.evaluation.bench_arms import vision_of
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.observation import Observation
 

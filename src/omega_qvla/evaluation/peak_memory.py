@@ -6,11 +6,13 @@ A peak says something of one arm only in a process that ran nothing before it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.errors import EvaluationError
-from omega_qvla.evaluation.arms import Arm
+from omega_qvla.evaluation.bench_arms import BenchArm
 from omega_qvla.policies.observation import Observation
 
 _STATUS = Path("/proc/self/status")
@@ -59,15 +61,19 @@ def reset_peak() -> None:
 
 
 def measure_memory(
-    arm: Arm,
+    arm: BenchArm,
     checkpoint: str | os.PathLike[str],
     pack: str | os.PathLike[str] | None,
     observation: Observation,
+    options: Mapping[str, Any] | None = None,
 ) -> PeakMemory:
-    """Load `arm` and run it once, in this process, which should be new."""
+    """Load `arm` and run it once, in this process, which should be new.
+
+    options: keyword arguments of `BenchArm.load`.
+    """
     base = resident()
     reset_peak()
-    engine = arm.load(checkpoint, pack)
+    engine = arm.load(checkpoint, pack, **(options or {}))
     load = resident("VmHWM")
     reset_peak()
     engine.infer(observation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,22 +98,33 @@ def resolve(target: str) -> Callable[..., Any]:
 
 def _fingerprint(arm: Arm, hashes: dict[str, str]) -> dict[str, str]:
     found = {"backend": arm.backend, "device": arm.device}
+    # What is not set is not in the fingerprint: results files from before it could be stay valid.
+    if arm.act_bits is not None:
+        found["act_bits"] = str(arm.act_bits)
+    if arm.settings:
+        found["settings"] = json.dumps(arm.settings, sort_keys=True)
+    if arm.tokenizer is not None:
+        found["tokenizer"] = _tree_digest(Path(arm.tokenizer), hashes)
     checkpoint = Path(arm.checkpoint)
     if not checkpoint.exists():
         raise EvaluationError(f"arm {arm.key}: no checkpoint at {checkpoint}")
-    files = [checkpoint]
-    if checkpoint.is_dir():
-        files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    found["checkpoint"] = _digest(
-        f"{path.relative_to(checkpoint) if path != checkpoint else path.name}"
-        f"={_file_digest(path, hashes)}"
-        for path in files
-    )
+    found["checkpoint"] = _tree_digest(checkpoint, hashes)
     if arm.pack is not None:
         if not Path(arm.pack).is_file():
             raise EvaluationError(f"arm {arm.key}: no pack at {arm.pack}")
         found["pack"] = _file_digest(Path(arm.pack), hashes)
     return found
+
+
+def _tree_digest(root: Path, hashes: dict[str, str]) -> str:
+    """SHA-256 over the names and contents of a file or of all files of a folder."""
+    files = [root]
+    if root.is_dir():
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+    return _digest(
+        f"{path.relative_to(root) if path != root else path.name}={_file_digest(path, hashes)}"
+        for path in files
+    )
 
 
 def _digest(lines: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Arm:
     pack:       pack file, or None for full precision.
     backend:    kernel backend for the pack.
     device:     torch device.
+    act_bits, missing: of the pack (or bundle), as of `Engine.load`.
+    settings, tokenizer, offline: of the checkpoint, as of `Engine.load`.
     """
 
     label: str
@@ -46,6 +48,11 @@ class Arm:
     pack: str | None = None
     backend: str = "auto"
     device: str = "cpu"
+    act_bits: int | None = None
+    missing: Literal["error", "fallback"] = "fallback"
+    settings: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    offline: bool = False
 
     @property
     def key(self) -> ArmKey:

@@ -29,7 +29,17 @@ def load_arm(arm: Arm) -> Policy:
     """The policy of an arm: its checkpoint, with its pack applied if it has one."""
     from omega_qvla.runtime.engine import Engine
 
-    engine = Engine.load(arm.checkpoint, pack=arm.pack, backend=arm.backend, device=arm.device)
+    engine = Engine.load(
+        arm.checkpoint,
+        pack=arm.pack,
+        backend=arm.backend,
+        device=arm.device,
+        act_bits=arm.act_bits,
+        missing=arm.missing,
+        settings=arm.settings,
+        tokenizer=arm.tokenizer,
+        offline=arm.offline,
+    )
     policy: Policy = engine.policy
     return policy
 

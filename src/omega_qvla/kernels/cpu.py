@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import BackendError
-from omega_qvla.kernels.prologue import block_product
+from omega_qvla.kernels import arithmetic
+from omega_qvla.kernels.prologue import dense_blocks
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.hadamard import base_matrix, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.rotation import apply_blocks
 
 if TYPE_CHECKING:
     from omega_qvla.kernels import _native
@@ -104,7 +104,7 @@ class NativeLayer:
         self._undo: Callable[[Tensor], Tensor] | None = None
         self._bias: Tensor | None = None  # where it cannot be added before
         if layer.output_rotation is not None:
-            self._undo = _undo(layer.output_rotation.float(), layer.out_features)
+            self._undo = dense_blocks(layer.output_rotation.float(), layer.out_features)
             self._bias = layer.bias
         self.number = next(_NUMBERS)
         _LAYERS[self.number] = self
@@ -218,27 +218,15 @@ def _rotation(layer: QuantizedLayer) -> tuple[str, int, Tensor | None]:
 
 
 def _multiplier(layer: QuantizedLayer) -> Tensor | None:
-    """1 / smooth times the signs, in the order after the permutation: f32 [in], or None."""
-    multiplier = None
-    if layer.smooth is not None:
-        multiplier = 1.0 / layer.smooth.float()
-        if layer.permutation is not None:
-            multiplier = multiplier[layer.permutation.long()]
-    if layer.signs is not None:
-        signs = layer.signs.float()
-        multiplier = signs if multiplier is None else multiplier * signs
-    return None if multiplier is None else multiplier.contiguous()
+    """`arithmetic.multiplier` in the order after the permutation, as the kernels take it."""
+    factor = arithmetic.multiplier(layer)
+    if factor is not None and layer.permutation is not None:
+        factor = factor[layer.permutation.long()]
+    return None if factor is None else factor.contiguous()
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _undo(rotation: Tensor, out_features: int) -> Callable[[Tensor], Tensor]:
-    """y [n, out] -> y U, the end of an output rotation."""
-    if out_features % rotation.shape[-1] == 0:
-        return block_product(rotation)
-    return lambda y: apply_blocks(y, rotation)
 
 
 def _register_operator() -> None:

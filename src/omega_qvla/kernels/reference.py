@@ -1,26 +1,42 @@
 """The oracle: what a quantized layer means, as plainly as possible. Every backend must agree.
 
-Integer sums are exact: products of integers, summed in float64, one (token group, weight
-group) rectangle at a time; each rectangle's sum is then multiplied by its two scales.
+Schemes that run on integers are defined to the bit, for finite inputs. Each operation is one in
+float32, rounded, in this order (docs/native.md has the reasons):
+
+1.  u = x * m, m = 1 / smooth times the signs; then the permutation.
+2.  Hadamard blocks: butterflies (a, b) -> (a + b, a - b) at distance 1, 2, 4, ... inside each
+    block, nothing else; a block smaller than the others is multiplied by sqrt(block / size). Full
+    width: butterflies inside each run of 2^k, then for each output the sum, from the first run to
+    the last, of the runs with the signs of the base matrix. Dense blocks: sums in float64, rounded
+    once. What is left out, norm = 1 / sqrt(order), goes into the scales.
+3.  Dynamic: step = max(absmax * (clip / qmax), smallest normal float), q = u * (1 / step), scale =
+    step * norm. Static: q = u * (norm / scale). q to the nearest integer, halves to even, cut to
+    qmin .. qmax.
+4.  Integer sums of each segment (`arithmetic.segmentation`): exact, converted to float32. Each is
+    multiplied by the group's activation scale, where groups have one, then by the group's weight
+    scale, likewise, and added to the segments before it.
+5.  times the scale of the token or step; times the weight scale of the row (where there is one);
+    plus the low-rank terms, first to last, share_i * a_i with share = u b * norm summed in
+    float64 and rounded to 12 bits; the output rotation; plus the bias.
+
+The sums in float64 could in principle come out differently in another order; a difference would
+have to survive the rounding that follows, which in practice never happens.
+
+`per_step_channel` and weight-only schemes are defined by value: float64 after the rounding.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
+from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
-from omega_qvla.numerics.activation import (
-    expand_static,
-    quantize_per_token,
-    quantize_per_token_group,
-    quantize_static,
-)
+from omega_qvla.numerics.activation import expand_static
+from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups
-from omega_qvla.numerics.rotation import undo_output_rotation
+from omega_qvla.numerics.qparams import expand_groups, qrange
+from omega_qvla.numerics.rotation import apply_blocks, undo_output_rotation
 
 ACTIVATION_KINDS = frozenset(
     {
@@ -35,57 +51,112 @@ ACTIVATION_KINDS = frozenset(
 
 
 def transform_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
-    """x [..., in] -> smoothed, permuted, rotated x' [..., in], float32."""
+    """x [..., in] -> smoothed, permuted, rotated x' [..., in], float32, as the build has it."""
     return layer.transform.activations(x.float())
 
 
+def rotate_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
+    """x [..., in] float32 -> u [..., in]; times `rotation_norm` it is x' but for last bits."""
+    factor = arithmetic.multiplier(layer)
+    if factor is not None:
+        x = x * factor
+    if layer.permutation is not None:
+        x = x[..., layer.permutation.long()]
+    kind = layer.scheme.rotation.kind
+    if kind == "none":
+        return x
+    if kind == "full_hadamard":
+        return _full_hadamard(x)
+    if kind == "hadamard":
+        return _hadamard_blocks(x, layer.scheme.rotation.block)
+    assert layer.rotation is not None
+    return apply_blocks(x.double(), layer.rotation.double()).float()
+
+
+def _hadamard_blocks(x: Tensor, block: int) -> Tensor:
+    parts = []
+    for part in torch.split(x, list(block_sizes(x.shape[-1], block)), dim=-1):
+        size = part.shape[-1]
+        part = butterflies(part)
+        parts.append(part if size == block else part * arithmetic.tail_factor(block, size))
+    return torch.cat(parts, dim=-1)
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """Unnormalized Walsh-Hadamard transform of the last dimension, a power of two."""
+    shape, distance = x.shape, 1
+    while distance < shape[-1]:
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * distance), 2, distance)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((a + b, a - b), dim=-2).reshape(shape)
+        distance *= 2
+    return x
+
+
+def _full_hadamard(x: Tensor) -> Tensor:
+    factors = split_width(x.shape[-1])
+    assert factors is not None  # the layer was built with this width
+    base, power = factors
+    runs = butterflies(x.reshape(*x.shape[:-1], base, power))
+    signs = base_matrix(base).to(x)
+    total = torch.zeros_like(runs)
+    for i in range(base):
+        total = total + runs[..., i : i + 1, :] * signs[i, :, None]
+    return total.reshape(x.shape)
+
+
 def quantize_input(
-    x: Tensor, layer: QuantizedLayer, step: StepLike | None
+    u: Tensor, layer: QuantizedLayer, step: StepLike | None
 ) -> tuple[Tensor, Tensor]:
-    """Transformed x' [n, in] -> (q [n, in] integer-valued, scale [n, in] of each entry)."""
+    """`rotate_input`'s u [n, in] -> (q [n, in] integer-valued, scale [n, groups]).
+
+    groups: 1, or as many as the inputs have groups with a scale of their own. Native schemes.
+    """
     act, width = layer.scheme.activation, layer.in_features
-    if act.kind == "per_token":
-        q, scale = quantize_per_token(x, act.bits, act.clip)
-    elif act.kind == "per_token_group":
-        q, scale = quantize_per_token_group(x, act.bits, act.group, act.clip)
-        scale = expand_groups(scale, width, act.group)
-    elif act.kind == "none":
-        q, scale = x, x.new_ones(1)
-    else:
+    group = arithmetic.activation_group(layer) or width
+    low, high = qrange(act.bits)
+    if act.static:
         assert layer.act_scale is not None
-        row = layer.act_scale[table_row(layer, step)]
-        scale = expand_static(row, width, act.kind, act.group)
-        q = quantize_static(x, scale, act.bits)
-    return q, scale.expand(x.shape[0], width)
+        row = table_row(layer, step)
+        scale = layer.act_scale[row].expand(u.shape[0], -1)
+        inverse = arithmetic.static_inverse(layer)[row].expand(u.shape[0], -1)
+    else:
+        factor = arithmetic.clip_factor(act)
+        peak = torch.stack([part.abs().amax(1) for part in torch.split(u, group, dim=1)], dim=1)
+        smallest = (peak * factor).clamp_min(arithmetic.TINY)
+        inverse, scale = 1.0 / smallest, smallest * arithmetic.rotation_norm(layer)
+    inverse = expand_groups(inverse, width, group)
+    return (u * inverse).round().clamp(low, high), scale
 
 
-def group_boundaries(layer: QuantizedLayer) -> list[int]:
-    """Columns at which the scale of the weight or of the activation may change, 0 .. in."""
-    width, act, weight = layer.in_features, layer.scheme.activation, layer.scheme.weight
-    cuts = {0, width}
-    if weight.group is not None:
-        cuts.update(range(0, width, weight.group))
-    if act.kind in ("per_token_group", "per_step_group"):
-        cuts.update(range(0, width, act.group))
-    elif act.kind == "per_step_channel":
-        cuts.update(range(width))
-    return sorted(cuts)
+def product(q: Tensor, scale: Tensor, layer: QuantizedLayer) -> Tensor:
+    """q [n, in], scale [n, groups] as `quantize_input` gives them -> scaled sums f32 [n, out]."""
+    width = layer.in_features
+    act_group, weight_group = arithmetic.activation_group(layer), arithmetic.weight_group(layer)
+    size, _ = arithmetic.segmentation(layer)
+    weight, weight_scale = layer.integers().double(), layer.weight_scale.float()
+    total = torch.zeros(q.shape[0], layer.out_features, device=q.device)
+    for start in range(0, width, size):
+        part = slice(start, start + size)
+        sums = (q[:, part].double() @ weight[:, part].T).float()
+        if act_group:
+            sums = sums * scale[:, start // act_group, None]
+        if weight_group:
+            sums = sums * weight_scale[:, start // weight_group]
+        total = total + sums
+    if not act_group:
+        total = total * scale
+    return total if weight_group else total * weight_scale[:, 0]
 
 
-def product(q: Tensor, x_scale: Tensor, layer: QuantizedLayer) -> Tensor:
-    """sum_k q[n, k] x_scale[n, k] qw[o, k] w_scale[o, k] as scaled integer sums, float64."""
-    weight = layer.integers().double()
-    w_scale = expand_groups(
-        layer.weight_scale.double(), layer.in_features, layer.scheme.weight.group
-    )
-    if layer.scheme.activation.kind == "none":
-        return q.double() @ (weight * w_scale).T
-    cuts = group_boundaries(layer)
-    total = torch.zeros(q.shape[0], layer.out_features, dtype=torch.float64, device=q.device)
-    for start, end in pairwise(cuts):
-        sums = q[:, start:end].double() @ weight[:, start:end].T
-        total += sums * x_scale[:, start, None].double() * w_scale[None, :, start]
-    return total
+def add_low_rank(y: Tensor, u: Tensor, layer: QuantizedLayer) -> Tensor:
+    """y [n, out] plus (x' b) aᵀ."""
+    assert layer.lowrank_a is not None and layer.lowrank_b is not None
+    b = layer.lowrank_b.float() * arithmetic.rotation_norm(layer)
+    shares = arithmetic.round_share(u.double() @ b.double())
+    for share, a in zip(shares.T, layer.lowrank_a.float().T, strict=True):
+        y = y + share[:, None] * a
+    return y
 
 
 def linear(x: Tensor, layer: QuantizedLayer, step: StepLike | None = None) -> Tensor:
@@ -94,17 +165,40 @@ def linear(x: Tensor, layer: QuantizedLayer, step: StepLike | None = None) -> Te
     Raises:
         StepError: it has scales per denoising step and runs outside them, or in others.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    rotated = transform_input(rows, layer)
-    q, scale = quantize_input(rotated, layer, step)
-    y = product(q, scale, layer)
+    rows = x.reshape(-1, x.shape[-1]).float()
+    y = (_linear if layer.scheme.native else _linear_by_value)(rows, layer, step)
+    return y.to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
+
+
+def _linear(x: Tensor, layer: QuantizedLayer, step: StepLike | None) -> Tensor:
+    u = rotate_input(x, layer)
+    y = product(*quantize_input(u, layer, step), layer)
+    if layer.lowrank_a is not None:
+        y = add_low_rank(y, u, layer)
+    if layer.output_rotation is not None:
+        y = undo_output_rotation(y, layer.output_rotation.float())
+    return y if layer.bias is None else y + layer.bias
+
+
+def _linear_by_value(x: Tensor, layer: QuantizedLayer, step: StepLike | None) -> Tensor:
+    """Schemes whose scales do not leave the sum: x' (rounded per channel or not) in float64."""
+    rotated = transform_input(x, layer)
+    if layer.scheme.activation.kind == "none":
+        q = rotated.double()
+    else:
+        assert layer.act_scale is not None
+        act = layer.scheme.activation
+        row = layer.act_scale[table_row(layer, step)]
+        scale = expand_static(row, layer.in_features, act.kind, act.group)
+        q = (rotated / scale).round().clamp(*qrange(act.bits)).double() * scale.double()
+    group = layer.scheme.weight.group
+    scales = expand_groups(layer.weight_scale.double(), layer.in_features, group)
+    y = q @ (layer.integers().double() * scales).T
     if layer.lowrank_a is not None and layer.lowrank_b is not None:
         y += rotated.double() @ layer.lowrank_b.double() @ layer.lowrank_a.double().T
     if layer.output_rotation is not None:
         y = undo_output_rotation(y, layer.output_rotation.double())
-    if layer.bias is not None:
-        y += layer.bias.double()
-    return y.to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
+    return y if layer.bias is None else y + layer.bias.double()
 
 
 class ReferenceBackend:

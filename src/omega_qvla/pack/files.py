@@ -8,6 +8,7 @@ one that means the same, is seen. And the file appears under its name only once 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ DTYPES: Mapping[torch.dtype, str] = {
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format itself
 _CHUNK = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def why_not_written(error: OSError) -> str:
+    """The reason in words; of a full disk also what to do about it."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return f"{reason}; make room there and call again, what is finished is kept"
+    return reason
 
 
 def _sync_directory(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.files import atomic_file
+from omega_qvla.pack.files import atomic_file, why_not_written
 from omega_qvla.pack.manifest import Manifest
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.pack.writer import write_pack
@@ -57,7 +57,7 @@ class PartialBuild:
         except ValueError as error:
             raise PackError(f"{file}: unreadable ({error}); delete {self.path}") from error
         except OSError as error:
-            raise PackError(f"{self.path}: cannot be written: {error}") from error
+            raise PackError(f"{self.path}: cannot be written: {why_not_written(error)}") from error
 
     def _check(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         keys = sorted(set(found) | set(expected))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.files import DTYPES, tensor_sha256, write_tensors
+from omega_qvla.pack.files import DTYPES, tensor_sha256, why_not_written, write_tensors
 from omega_qvla.pack.manifest import (
     FORMAT_VERSION,
     LayerEntry,
@@ -59,7 +59,9 @@ def write_pack(
     try:
         write_tensors(Path(path), tensors, metadata)
     except OSError as error:
-        raise PackError(f"{os.fspath(path)}: cannot be written: {error}") from error
+        raise PackError(
+            f"{os.fspath(path)}: cannot be written: {why_not_written(error)}"
+        ) from error
     return complete
 
 

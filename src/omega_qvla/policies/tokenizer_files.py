@@ -127,15 +127,27 @@ def read_tokenizer(folder: Path, given: Path | None = None) -> TextTokenizer:
                 return reader(place / name)
     raise CheckpointError(
         f"{places[0]} has no tokenizer (none of {', '.join(_READERS)}): put the one that the "
-        "checkpoint was trained with there, or name it (`tokenizer=`)"
+        "checkpoint was trained with there, or name it (`tokenizer=`, --tokenizer)"
     )
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
-    """Write the tokenizer into a checkpoint, atomically, in its own format."""
+    """Write the tokenizer into a checkpoint, atomically, in its own format.
+
+    Raises CheckpointError, OSError.
+    """
     spm = isinstance(tokenizer, SentencePieceTokenizer)
     name = SENTENCEPIECE_MODEL if spm else TOKENIZER_JSON
-    write_atomically(folder / name, lambda path: tokenizer.save(str(path)))
+    write_atomically(folder / name, lambda path: _save(tokenizer, path))
+
+
+def _save(tokenizer: TextTokenizer, path: Path) -> None:
+    try:
+        tokenizer.save(str(path))
+    except OSError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: the tokenizer cannot be written: {error}") from error
 
 
 def load_json(path: Path) -> TextTokenizer:

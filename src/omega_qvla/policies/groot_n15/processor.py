@@ -269,7 +269,7 @@ def read_metadata(path: Path, tag: str) -> dict[str, Any]:
     if not isinstance(metadata.get(tag), dict):
         raise CheckpointError(
             f"{file} has no embodiment {tag!r}; it has {', '.join(metadata) or 'none'}: say which "
-            "one the robot is (`embodiment_tag`)"
+            "one the robot is (setting `embodiment_tag`, --settings)"
         )
     entry: dict[str, Any] = metadata[tag]
     return entry

@@ -89,7 +89,7 @@ def _from_isaac(folder: Path, settings: Mapping[str, Any]) -> _Derived:
     if tag not in EMBODIMENTS and "embodiment_id" not in settings:
         raise CheckpointError(
             f"embodiment {tag!r} is not one of {', '.join(EMBODIMENTS)}: say which row of the "
-            "per-embodiment weights it has (`embodiment_id`)"
+            "per-embodiment weights it has (setting `embodiment_id`, --settings)"
         )
     entry = read_metadata(folder, tag)
     stats = metadata_stats(folder, entry)
@@ -103,7 +103,10 @@ def _from_isaac(folder: Path, settings: Mapping[str, Any]) -> _Derived:
         "crop": _CROP,
     }
     if not found["cameras"] and "cameras" not in settings:
-        raise CheckpointError(f"metadata.json lists no video of {tag}: say which `cameras` it has")
+        raise CheckpointError(
+            f"metadata.json lists no video of {tag}: say which cameras it has (setting `cameras`, "
+            "--settings)"
+        )
     return found, stats
 
 
@@ -112,7 +115,7 @@ def _only_tag(folder: Path) -> str:
     if len(tags) != 1:
         raise CheckpointError(
             f"metadata.json has the embodiments {', '.join(tags) or 'none'}: say which one the "
-            "robot is (`embodiment_tag`)"
+            "robot is (setting `embodiment_tag`, --settings)"
         )
     return tags[0]
 

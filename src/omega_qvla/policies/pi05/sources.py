@@ -95,7 +95,8 @@ def _only_asset(folder: Path) -> str:
         return found[0]
     if found:
         raise CheckpointError(
-            f"{assets} has statistics of {', '.join(sorted(found))}: say which (`asset_id`)"
+            f"{assets} has statistics of {', '.join(sorted(found))}: say which "
+            "(setting `asset_id`, --settings)"
         )
     raise CheckpointError(
         f"{assets} has no norm_stats.json: the statistics are missing, without them the policy's "

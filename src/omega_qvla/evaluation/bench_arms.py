@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from omega_qvla.errors import EvaluationError
+from omega_qvla.pack.apply import Missing
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.groot_n15.dit import DiT
 from omega_qvla.policies.groot_n15.qwen3 import Qwen3Model
@@ -25,7 +27,7 @@ FULL_PRECISION = ("fp32", "control", "bf16", "fp32 compiled")
 
 
 @dataclass(frozen=True)
-class Arm:
+class BenchArm:
     """One way to run a policy.
 
     kind: one of `FULL_PRECISION` or the name of a backend that runs the pack.
@@ -48,15 +50,35 @@ class Arm:
         checkpoint: str | os.PathLike[str],
         pack: str | os.PathLike[str] | None,
         device: str = "cpu",
+        *,
+        act_bits: int | None = None,
+        missing: Missing = "fallback",
+        **reading: Any,
     ) -> Engine:
-        """The policy ready to run. Raises EvaluationError without a pack where it needs one."""
+        """The policy ready to run.
+
+        Args:
+            act_bits, missing: of the pack, as of `Engine.load`.
+            reading: how `Engine.load` reads the checkpoint (settings, tokenizer, ...).
+
+        Raises:
+            EvaluationError: the arm runs a pack, and none was given.
+        """
         if self.quantized:
             if pack is None:
                 raise EvaluationError(f"arm {self.kind!r} runs a pack, and none was given")
-            return Engine.load(checkpoint, pack, backend=self.kind, device=device)
+            return Engine.load(
+                checkpoint,
+                pack,
+                backend=self.kind,
+                device=device,
+                act_bits=act_bits,
+                missing=missing,
+                **reading,
+            )
         dtype = torch.bfloat16 if self.kind == "bf16" else torch.float32
         fast = self.kind == "control"
-        engine = Engine.load(checkpoint, device=device, dtype=dtype, fast=fast)
+        engine = Engine.load(checkpoint, device=device, dtype=dtype, fast=fast, **reading)
         if self.kind == "fp32 compiled":
             compile_stacks(engine.policy.module)
         return engine

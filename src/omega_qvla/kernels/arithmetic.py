@@ -1,0 +1,95 @@
+"""The numbers that the defined arithmetic of a layer is made of, the same for every backend.
+
+`kernels.reference` says in which order they are used; docs/native.md says why.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from omega_qvla.config.recipe import ActivationScheme
+from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.qparams import group_count, qrange
+
+# Smallest dynamic step: tokens and groups of zeros get it, and still round to zeros.
+TINY = torch.finfo(torch.float32).tiny
+# Sums of a segment of products stay below this (csrc/layout.hpp reads them as floats).
+_MAX_SEGMENT_SUM = 1 << 22
+_SHORTEST = 16  # inputs: pieces of a cut segment are multiples of it
+_SHARE = float((1 << 41) + 1)  # splits a double so that 12 bits stay
+
+
+def multiplier(layer: QuantizedLayer) -> Tensor | None:
+    """1 / smooth, times the signs that follow the permutation: f32 [in] in the order of the
+    input, or None where there is neither."""
+    result = None if layer.smooth is None else 1.0 / layer.smooth.float()
+    if layer.signs is None:
+        return result
+    signs = layer.signs.float()
+    if layer.permutation is not None:
+        signs = torch.empty_like(signs).index_copy_(0, layer.permutation.long(), signs)
+    return signs if result is None else result * signs
+
+
+def rotation_norm(layer: QuantizedLayer) -> float:
+    """What the additions of the layer's Hadamard transform leave out, a float32.
+
+    It goes into the scales instead: (1 / 8 for blocks of 64), 1 for other rotations.
+    """
+    kind = layer.scheme.rotation.kind
+    if kind not in ("hadamard", "full_hadamard"):
+        return 1.0
+    order = layer.in_features if kind == "full_hadamard" else layer.scheme.rotation.block
+    return float(1.0 / torch.tensor(float(order)).sqrt())
+
+
+def tail_factor(block: int, size: int) -> float:
+    """A Hadamard block smaller than the others is multiplied by sqrt(block / size), a float32."""
+    return float(torch.tensor(block / size).sqrt())
+
+
+def clip_factor(activation: ActivationScheme) -> float:
+    """Dynamic step over absmax, clip / qmax, a float32."""
+    return float(torch.tensor(activation.clip) / qrange(activation.bits)[1])
+
+
+def activation_group(layer: QuantizedLayer) -> int:
+    """Inputs that share an activation scale; 0: all of them."""
+    activation = layer.scheme.activation
+    grouped = activation.kind in ("per_token_group", "per_step_group")
+    return activation.group if grouped and activation.group < layer.in_features else 0
+
+
+def weight_group(layer: QuantizedLayer) -> int:
+    """Inputs that share a weight scale; 0: all of them."""
+    group = layer.scheme.weight.group
+    return group if group is not None and group < layer.in_features else 0
+
+
+def segmentation(layer: QuantizedLayer) -> tuple[int, int]:
+    """(inputs per segment, segments): each segment's integer sum is exact and is scaled once.
+
+    The largest runs in which neither scale changes; halved where sums could pass 2^22.
+    """
+    group = math.gcd(activation_group(layer), weight_group(layer))
+    if not group:
+        return layer.in_features, 1
+    largest = -qrange(4)[0] * -qrange(layer.scheme.activation.bits)[0]
+    while group > _MAX_SEGMENT_SUM // largest - 1 and group % (2 * _SHORTEST) == 0:
+        group //= 2
+    return group, group_count(layer.in_features, group)
+
+
+def round_share(share: Tensor) -> Tensor:
+    """float64 -> float32 of 12 bits (Veltkamp's splitting): times a 16-bit float it is exact."""
+    raised = share * _SHARE
+    return (raised - (raised - share)).float()
+
+
+def static_inverse(layer: QuantizedLayer) -> Tensor:
+    """norm / scale of a static table, f32, in its shape."""
+    assert layer.act_scale is not None
+    return torch.full_like(layer.act_scale, rotation_norm(layer)).div_(layer.act_scale)
