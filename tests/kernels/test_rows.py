@@ -69,7 +69,10 @@ def test_gates(width: int) -> None:
         assert both is not None
         torch.testing.assert_close(both, function(gate) * up, rtol=2e-6, atol=2e-5)
         torch.testing.assert_close(
-            rows.gated(kind, gate), function(gate), rtol=2e-6, atol=1e-6  # type: ignore[arg-type]
+            rows.gated(kind, gate),
+            function(gate),
+            rtol=2e-6,
+            atol=1e-6,  # type: ignore[arg-type]
         )
 
 

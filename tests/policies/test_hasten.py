@@ -98,9 +98,7 @@ def test_whole_blocks_have_the_bits_of_their_parts(
 
 
 @native
-def test_native_and_emulated_stay_as_near_as_they_were(
-    built: dict[str, Path], family: str
-) -> None:
+def test_native_and_emulated_stay_as_near_as_they_were(built: dict[str, Path], family: str) -> None:
     actions = []
     for backend in ("native", "emulated"):
         policy = load_policy(built[family] / "checkpoint")
@@ -111,9 +109,7 @@ def test_native_and_emulated_stay_as_near_as_they_were(
 
 
 @native
-def test_a_watched_layer_inside_a_whole_block_is_seen(
-    built: dict[str, Path], family: str
-) -> None:
+def test_a_watched_layer_inside_a_whole_block_is_seen(built: dict[str, Path], family: str) -> None:
     policy = load_policy(built[family] / "checkpoint")
     apply_pack(policy, built[family] / "pack", "native")
     hasten(policy)

@@ -28,7 +28,7 @@ def peak_memory(
     observations: str | os.PathLike[str],
     options: Mapping[str, Any] | None = None,
 ) -> PeakMemory:
-    """Load and run an arm (`evaluation.bench_arms.BenchArm`) in a new process, on the first observation.
+    """Load and run an arm (see `BenchArm`) in a new process, on the first observation.
 
     options: keyword arguments of `BenchArm.load` (paths become strings).
 

@@ -83,9 +83,7 @@ def _groups(policy: Policy) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def _inputs(
-    policy: Policy, groups: list[tuple[str, ...]], observation: Observation
-) -> list[_Seen]:
+def _inputs(policy: Policy, groups: list[tuple[str, ...]], observation: Observation) -> list[_Seen]:
     """What the first layer of each group read last, in the order of the groups."""
     found: dict[str, tuple[Tensor, Step | None]] = {}
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ A peak says something of one arm only in a process that ran nothing before it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,10 +55,8 @@ def resident(field: str = "VmRSS") -> int:
 
 def reset_peak() -> None:
     """Let the highest start anew (where that is forbidden the old highest stays)."""
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
-    except OSError:
-        pass
 
 
 def measure_memory(

@@ -84,9 +84,9 @@ def _norm(
         return None
     if gain is not None and not gain.is_contiguous():
         return None
-    if shift is not None and gain is not None:
-        if shift.shape != gain.shape or not shift.is_contiguous():
-            return None
+    alike = gain is None or shift is None or shift.shape == gain.shape
+    if not alike or (shift is not None and not shift.is_contiguous()):
+        return None
     # [.., heads, width]: heads lie side by side in a token, tokens may be further apart.
     heads = x.dim() == 4 and x.stride(2) == width
     inner = x.shape[2] if heads else 1

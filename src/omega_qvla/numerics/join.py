@@ -48,9 +48,7 @@ def join_layers(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
         names = ", ".join(layer.name for layer in layers) or "none"
         raise NumericsError(f"layers that do not share their input's integers: {names}")
     first = layers[0]
-    weight = dataclasses.replace(
-        first.scheme.weight, rank=first.scheme.weight.rank * len(layers)
-    )
+    weight = dataclasses.replace(first.scheme.weight, rank=first.scheme.weight.rank * len(layers))
     ranked = first.scheme.weight.rank > 0
     return dataclasses.replace(
         first,

@@ -47,9 +47,7 @@ class Attention(nn.Module):
         """
         return self.attend(self.to_q(x), key_value, mask)
 
-    def attend_self(
-        self, x: Tensor, keep: int | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def attend_self(self, x: Tensor, keep: int | None = None, mask: Tensor | None = None) -> Tensor:
         """Self-attention among x [B, T, width]; outputs of the last `keep` tokens only."""
         if keep is None or joined(self.to_q, self.to_k, self.to_v):
             queries, keys, values = project(x, self.to_q, self.to_k, self.to_v)

@@ -78,9 +78,7 @@ class Qwen3Attention(nn.Module):
         q = rotate(self.q_norm(q.view(heads)), table, self.fast).transpose(1, 2)
         k = rotate(self.k_norm(k.view(heads)), table, self.fast).transpose(1, 2)
         v = v.view(heads).transpose(1, 2)
-        out: Tensor = self.o_proj(
-            attend_heads(q, k, v, mask, causal=mask is None, fast=self.fast)
-        )
+        out: Tensor = self.o_proj(attend_heads(q, k, v, mask, causal=mask is None, fast=self.fast))
         return out
 
 

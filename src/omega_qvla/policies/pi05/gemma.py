@@ -140,9 +140,7 @@ class Attention(nn.Module):
         heads = attended.reshape(len(attended), self.kv_heads, -1, length, self.head_dim)
         return heads.permute(0, 3, 1, 2, 4).flatten(2)
 
-    def attend_prefix(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def attend_prefix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Bidirectional self-attention of the prefix: q, k, v as `queries_keys_values` has them.
 
         bias: None, or additive [B, 1, 1, S] that masks padded keys. -> [B, S, width].
