@@ -252,7 +252,7 @@ def test_bench_times_every_arm(place: Path, run: Run) -> None:
     for stages in arms.values():
         assert set(stages) == {"vision", "prefix", "step", "chunk"}
         assert 0 < stages["step"]["p50"] < stages["chunk"]["p50"] <= stages["chunk"]["p95"]
-        assert 0 < stages["vision"]["p50"] and 0 < stages["prefix"]["p50"]
+        assert stages["vision"]["p50"] > 0 and stages["prefix"]["p50"] > 0
     # Every quantized layer is in one of the kinds, with the times of every arm.
     quantized = 2 * 7 * 2 - 5  # two stacks of two blocks, less what inference never runs
     counted = sum(kind["count"] * len(kind["name"].split(" + ")) for kind in data["layers"])
@@ -267,5 +267,7 @@ def test_bench_times_every_arm(place: Path, run: Run) -> None:
 def test_bench_leaves_out_what_it_is_told_to(place: Path, run: Run) -> None:
     source = ["--observations", place / "observations.safetensors", "--threads", 1]
     words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 1]
-    code, data = run("bench", *words, "--no-bf16", "--no-layers", "--no-memory", "--backends", "auto")
+    code, data = run(
+        "bench", *words, "--no-bf16", "--no-layers", "--no-memory", "--backends", "auto"
+    )
     assert code == 0 and not data["layers"] and not data["memory"] and len(data["results"]) == 3

@@ -64,7 +64,7 @@ def measure_layers(
             name=" + ".join(dict.fromkeys(name.split(" + "))),
             rows=first.x.numel() // width,
             in_features=width,
-            out_features=sum(int(layer.out_features) for layer in layers),  # type: ignore[arg-type]
+            out_features=sum(int(getattr(layer, "out_features")) for layer in layers),  # noqa: B009
             count=len(members),
         )
         calls = {arm: _call(policy, first) for arm, policy in arms.items()}

@@ -20,11 +20,8 @@ WORTH_IT = 1_200_000
 def onednn_available() -> bool:
     """Whether this machine and this torch have the other product."""
     known = platform.machine().lower() in ("x86_64", "amd64")
-    return (
-        known
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return known and built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class DenseLinear(nn.Linear):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PackError
-from omega_qvla.kernels.registry import Backend, resolve_backend
+from omega_qvla.kernels.registry import Backend, Kernel, resolve_backend
 from omega_qvla.modules.shared import SharedProduct, groups_by_input
 from omega_qvla.modules.step_context import current_step
 from omega_qvla.numerics.layer import QuantizedLayer
@@ -36,8 +36,11 @@ class QuantLinear(nn.Module):
         self.backend = backend.name
         self.in_features = layer.in_features
         self.out_features = layer.out_features
-        self.shared, self.place = (None, 0) if shared is None else shared
-        self.kernel = None if shared else backend.prepare(layer, torch.device(device))
+        self.shared: SharedProduct | None = None if shared is None else shared[0]
+        self.place = 0 if shared is None else shared[1]
+        self.kernel: Kernel | None = None
+        if shared is None:
+            self.kernel = backend.prepare(layer, torch.device(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises StepError outside its steps."""

@@ -46,7 +46,7 @@ class SharedProduct:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views of one result, in the order of the layers."""
-        return self.kernel(x, current_step()).split(self.sizes, -1)
+        return torch.split(self.kernel(x, current_step()), self.sizes, -1)
 
 
 def _join(

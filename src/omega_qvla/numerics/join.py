@@ -58,7 +58,7 @@ def join_layers(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
         qweight=torch.cat([layer.qweight for layer in layers]),
         weight_scale=torch.cat([layer.weight_scale for layer in layers]),
         bias=_biases(layers),
-        lowrank_a=torch.block_diag(*_all(layers, "lowrank_a")) if ranked else None,
+        lowrank_a=_diagonal(_all(layers, "lowrank_a")) if ranked else None,
         lowrank_b=torch.cat(_all(layers, "lowrank_b"), dim=1) if ranked else None,
     )
 
@@ -73,6 +73,11 @@ def _biases(layers: Sequence[QuantizedLayer]) -> Tensor | None:
         for layer in layers
     ]
     return torch.cat(parts)
+
+
+def _diagonal(blocks: list[Tensor]) -> Tensor:
+    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return joined
 
 
 def _all(layers: Sequence[QuantizedLayer], field: str) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,10 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _view(storage: torch.UntypedStorage, start: int, entry: Entry) -> Tensor:
+def _view(storage: Any, start: int, entry: Entry) -> Tensor:
     """One tensor of the file; a copy where it does not lie as its dtype wants."""
     begin, size = start + entry.begin, entry.end - entry.begin
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,))
+    raw: Tensor = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,), (1,))
     dtype = _TORCH[entry.dtype]
     if begin % dtype.itemsize:
         raw = raw.clone()

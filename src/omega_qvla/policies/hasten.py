@@ -30,7 +30,8 @@ def hasten_module(module: nn.Module) -> None:
     """
     for part in module.modules():
         if hasattr(part, "fast"):
-            part.fast = True
-        if hasattr(part, "fuse"):
-            part.fuse()
+            setattr(part, "fast", True)  # noqa: B010 (a plain attribute, not a submodule)
+        fuse = getattr(part, "fuse", None)
+        if fuse is not None:
+            fuse()
     use_dense(module)

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, head_dim: int) -> None:
         super().__init__()
         inner = heads * head_dim
-        self.heads = heads
+        self.heads, self.head_dim = heads, head_dim
         self.to_q = nn.Linear(width, inner)
         self.to_k = nn.Linear(context_width, inner)
         self.to_v = nn.Linear(context_width, inner)

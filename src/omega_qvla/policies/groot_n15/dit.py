@@ -15,7 +15,12 @@ from omega_qvla.kernels import rows
 from omega_qvla.kernels.block import BlockShape
 from omega_qvla.modules.block import WholeBlock
 from omega_qvla.modules.shared import project
-from omega_qvla.policies.groot_n15.blocks import Attention, FeedForward, KeyValue
+from omega_qvla.policies.groot_n15.blocks import (
+    Attention,
+    FeedForward,
+    GeluProjection,
+    KeyValue,
+)
 from omega_qvla.policies.groot_n15.config import TransformerConfig
 from omega_qvla.policies.groot_n15.embodiment import action_time_code
 
@@ -137,17 +142,24 @@ class DiTBlock(nn.Module):
 
     def fuse(self) -> None:
         """Run as one native call from now on, where the layers that it has now allow it."""
-        attention, inner, outer = self.attn1, self.ff.net[0].proj, self.ff.net[2]
+        attention, inner, outer = self.attn1, self.ff.net[0], self.ff.net[2]
+        assert isinstance(inner, GeluProjection)
         readers = (attention.to_q, attention.to_k, attention.to_v)
-        groups = (
+        groups: list[tuple[nn.Module, ...]] = [
             readers[:1] if self.cross else readers,
             (attention.to_out[0],),
-            (inner,),
+            (inner.proj,),
             (outer,),
-        )
-        dim = attention.to_out[0].in_features // attention.heads
+        ]
         shape = BlockShape(
-            attention.heads, attention.heads, dim, 1e-5, "layer", "gelu", False, self.cross
+            attention.heads,
+            attention.heads,
+            attention.head_dim,
+            1e-5,
+            "layer",
+            "gelu",
+            False,
+            self.cross,
         )
         self.whole = WholeBlock.of(groups, shape)
 
