@@ -79,19 +79,6 @@ def test_a_shared_calibration_gives_the_same_pack(policy: Policy, tmp_path: Path
         assert (tmp_path / name).read_bytes() == (tmp_path / f"{name}2").read_bytes()
 
 
-def test_little_memory_means_more_passes_not_another_pack(policy: Policy, tmp_path: Path) -> None:
-    passes: list[int] = []
-
-    def count(progress: Progress) -> None:
-        if progress.stage == "calibrating" and progress.done == progress.total:
-            passes.append(1)
-
-    quantize(policy, tmp_path / "a", PAPER)
-    quantize(policy, tmp_path / "b", PAPER, memory=40 << 20, progress=count)
-    assert len(passes) > 2
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 class Killed(BaseException):
     """Like SIGKILL: nothing catches it."""
 

@@ -18,6 +18,7 @@ from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.pack.verify import verify_pack
 from omega_qvla.policies.foreign import ForeignLinear, StepCounter
+from omega_qvla.quantize import Progress
 from policies.stranger import BACKBONE, HEAD, STEPS, Stranger, calibrate, inputs
 
 PAPER, OMEGA = preset("omega-paper"), preset("omega")
@@ -125,6 +126,72 @@ def test_a_build_repeats_to_the_byte(tmp_path: Path) -> None:
     for name in ("a", "b"):
         quantized(OMEGA, out=tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nothing catches it."""
+
+
+def kill_after(layers: int) -> Any:
+    def progress(event: Progress) -> None:
+        if event.done == layers:
+            raise Killed
+
+    return progress
+
+
+def test_a_build_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "p"
+    quantized(OMEGA, out=whole, **INJECT)
+    for reached in (1, 7, 18):
+        policy = Stranger()
+        with pytest.raises(Killed):
+            quantize_(
+                policy, OMEGA, lambda p=policy: calibrate(p), **REGEXES, **INJECT, out=out,
+                progress=kill_after(reached),
+            )  # fmt: skip
+        assert not any(isinstance(m, ForeignLinear) for m in policy.modules())
+        assert len(list((tmp_path / "p.partial").glob("layer-*"))) == reached
+    events: list[Progress] = []
+    policy, attached = quantized(OMEGA, out=out, progress=events.append, **INJECT)
+    assert [(e.done, e.total) for e in events] == [(19, 19)]
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["p", "whole"]
+    fresh = Stranger()
+    attach_pack(fresh, whole)
+    assert torch.equal(act(fresh), act(policy))
+    assert len(attached.layers) == 19
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": PAPER}, "recipe"),
+        ({"seed": 1}, "calibration"),
+        ({"inputs": 3}, "calibration"),
+        ({"noise": True}, "calibration"),
+        ({"weights": 1}, "calibration, checkpoint"),
+    ],
+)
+def test_unfinished_work_of_another_build(
+    change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "p"
+    with pytest.raises(Killed):
+        quantized(OMEGA, out=out, progress=kill_after(4), **INJECT)
+    policy = Stranger(change.get("weights", 0))
+
+    def other() -> None:
+        for seed in range(change.get("inputs", 4)):
+            obs, noise = inputs(seed)
+            policy(obs=obs, noise=noise + 1e-6 if "noise" in change else noise)
+
+    options = {**REGEXES, **INJECT, "seed": change.get("seed", 0), "out": out}
+    recipe = change.get("recipe", OMEGA)
+    with pytest.raises(PackError, match=rf"another build \({named} differ\)"):
+        quantize_(policy, recipe, other, **options)
+    quantize_(policy, recipe, other, **options, resume=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["p"]
 
 
 def test_little_memory_gives_the_same_layers() -> None:

@@ -15,6 +15,7 @@ _PUBLIC = {
     "Observation": "omega_qvla.policies.observation",
     "OmegaError": "omega_qvla.errors",
     "Recipe": "omega_qvla.config.recipe",
+    "Recorder": "omega_qvla.runtime.recorder",
     "attach_pack": "omega_qvla.pack.foreign",
     "apply_pack": "omega_qvla.pack.apply",
     "load_policy": "omega_qvla.policies.registry",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import resource
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +19,15 @@ import omega_qvla
 from omega_qvla.calibration.collect import (
     DEFAULT_TOKEN_CAP,
     Calibration,
-    collect,
     provenance,
 )
 from omega_qvla.calibration.samples import ObservationSet
+from omega_qvla.calibration.streaming import stream
 from omega_qvla.config import Recipe, Scheme
 from omega_qvla.errors import CalibrationError, RecipeError
+from omega_qvla.modules.linear import quantized_linears
 from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.phases import Spent, Stopwatch, phase
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.smoothing import weight_profile
 from omega_qvla.numerics.stats import LayerStats
@@ -32,31 +36,64 @@ from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
 from omega_qvla.pack.writer import write_pack
 from omega_qvla.policies.base import SIDES, Policy
-from omega_qvla.policies.registry import source_hashes
 from omega_qvla.policies.targets import select_targets
+from omega_qvla.policies.weights import ResidentWeights, Weights
 
-#: Statistics held at once; a policy that needs more is calibrated in several passes.
+#: Statistics that `quantize_` holds at once; a module that needs more is run several times.
 DEFAULT_MEMORY = 8 << 30
 
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to quantize. num_steps is None where it runs outside the denoising steps."""
+    """One layer to quantize, of shape (out, in). num_steps is None where it runs outside the
+    denoising steps."""
 
     name: str
     side: str
     scheme: Scheme
     num_steps: int | None
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` observations (calibrating) or layers (quantizing); `layer` just done."""
+    """`done` of `total` observations times stages (calibrating) or layers (quantizing).
+
+    layer: just done. share: estimated part of this call's work that is done, for an ETA.
+    """
 
     stage: Literal["calibrating", "quantizing"]
     done: int
     total: int
     layer: str = ""
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Where the time of a build went, this call's share of it if it was resumed.
+
+    phases: name -> seconds by the clock and of processors: `load` (reading and hashing
+    weights), `collect` (running the policy), `hessian`, `scales` (choosing steps), `factorize`
+    (transforming and factorizing Hessians), `round`, `write`, `other`.
+    layers: in all; built: by this call. peak_memory: of the process so far, bytes resident.
+    """
+
+    phases: Mapping[str, Spent]
+    layers: int
+    built: int
+    peak_memory: int
+
+    @classmethod
+    def of(cls, watch: Stopwatch, jobs: Sequence[Job], todo: Sequence[Job]) -> BuildReport:
+        """The report of a build that `watch` has measured."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        return cls(dict(watch.phases), len(jobs), len(todo), peak * unit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self)
 
 
 def quantize_policy(
@@ -72,10 +109,14 @@ def quantize_policy(
     calibration: Calibration | None = None,
     resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
-    memory: int = DEFAULT_MEMORY,
+    cascade: bool = False,
+    weights: Weights | None = None,
+    on_report: Callable[[BuildReport], None] | None = None,
 ) -> Path:
     """Quantize `policy` by `recipe` and write the pack `out`. The policy is left as it was.
 
+    The network is calibrated and quantized stage by stage (`calibration.streaming`): no more
+    is held than one stage's weights (of a policy without its own) and one block's statistics.
     Finished layers wait in `<out>.partial/`, so a killed build resumes where it was; equal
     arguments give equal bytes, interrupted or not.
 
@@ -86,23 +127,34 @@ def quantize_policy(
         token_cap, seed: of the calibration, see `calibration.collect`.
         calibration: collected before from this checkpoint; several recipes can share one.
         resume: False starts anew and discards what an earlier build left.
-        memory: bytes of statistics to hold at once.
+        cascade: calibrate the action head on what the quantized backbone tells it, as it will
+            be at run time. Takes `samples`, also where a calibration is given (which then
+            serves the backbone alone).
+        weights: of a policy that is without them, from `policies.weights.open_policy`; they
+            are loaded one part of the network at a time. None: the policy has them.
+        on_report: is told at the end where time and memory went.
 
     Raises:
-        RecipeError: nothing to quantize, or a protected layer caught.
+        RecipeError: nothing to quantize, or a protected layer caught; nothing to cascade.
         CalibrationError: statistics missing, unusable, or of another checkpoint.
         PackError: unfinished work of another build lies in the way; another build is writing
             `out`; a file can't be written.
     """
-    out = Path(out)
+    out, watch = Path(out), Stopwatch()
     steps = policy.num_steps if num_steps is None else num_steps
     recipe = _restrict(recipe, sides)
     jobs = plan(policy, recipe, steps)
-    source = source_hashes(policy)
+    weights = ResidentWeights(policy.module) if weights is None else weights
+    with watch.running():
+        source = weights.hashes()
     needed = any(needs_stats(job.scheme) for job in jobs)
+    settings = _Settings(steps, token_cap, seed)
     origin: dict[str, Any] = {}
     if needed:
-        origin = _origin(policy, samples, calibration, steps, token_cap, seed, source)
+        origin = _origin(policy, weights, samples, calibration, settings, source)
+    if cascade:
+        _check_cascade(recipe, jobs, samples)
+        origin["cascade"] = True
     manifest = Manifest(
         family=policy.family,
         source=source,
@@ -113,26 +165,45 @@ def quantize_policy(
         software=software(),
     )
     binding = _binding(manifest, jobs, calibration if needed else None)
-    with output_lock(out):
+    with watch.running(), output_lock(out):
         build = PartialBuild(out, manifest, [job.name for job in jobs])
         build.open(binding, resume)
         todo = [job for job in jobs if not build.finished(job.name)]
-        report = progress if progress is not None else _silent
-        sites = site_profiles(policy, jobs)
-        for chunk in _chunks(policy.module, todo, token_cap * steps, memory):
-            names = [job.name for job in chunk if needs_stats(job.scheme)]
-            stats: Mapping[str, LayerStats] = {}
-            if names and calibration is not None:
-                stats = calibration.stats
-            elif names and samples is not None:
-                stats = _collect(policy, samples, names, steps, token_cap, seed, report)
-            for job in chunk:
-                build.save(_quantize(policy.module, job, stats, sites.get(job.name)))
-                finished = sum(build.finished(other.name) for other in jobs)
-                report(Progress("quantizing", finished, len(jobs), job.name))
-        write_pack(out, manifest, build.layers())
-        build.remove()
+        tell = _Teller(jobs, todo, progress if progress is not None else _silent)
+        for group in _by_side(todo) if cascade else [todo]:
+            below: Mapping[str, QuantizedLayer] = {}
+            if cascade and group and group[0].side == "action_head":
+                below = build.layers([job.name for job in jobs if job.side == "backbone"])
+            given = None if below else calibration
+            with quantized_linears(policy.module, below, "emulated"):
+                for ready, stats in _ready(policy, weights, group, given, samples, settings, tell):
+                    _build(policy, jobs, ready, stats, build, tell)
+                    del stats
+        with phase("write"):
+            write_pack(out, manifest, build.layers())
+            build.remove()
+    if on_report is not None:
+        on_report(BuildReport.of(watch, jobs, todo))
     return out
+
+
+def _by_side(jobs: Sequence[Job]) -> list[list[Job]]:
+    return [[job for job in jobs if job.side == side] for side in SIDES]
+
+
+def _check_cascade(recipe: Recipe, jobs: Sequence[Job], samples: ObservationSet | None) -> None:
+    """Raise RecipeError where a cascade would change nothing, CalibrationError without samples."""
+    backbone, head = _by_side(jobs)
+    if not backbone or not any(needs_stats(job.scheme) for job in head):
+        raise RecipeError(
+            f"recipe {recipe.name!r} has nothing to cascade: it takes a quantized backbone and an "
+            "action head that is calibrated; build both sides at once"
+        )
+    if samples is None:
+        raise CalibrationError(
+            "a cascade runs the quantized backbone on the observations: give samples, not only "
+            "a calibration"
+        )
 
 
 def plan(policy: Policy, recipe: Recipe, num_steps: int) -> list[Job]:
@@ -145,21 +216,26 @@ def plan(policy: Policy, recipe: Recipe, num_steps: int) -> list[Job]:
             continue
         for name, scheme in select_targets(policy, side_recipe, side, recipe.allow_protected):
             inside = side == "action_head" and name not in outside
-            jobs.append(Job(name, side, scheme, num_steps if inside else None))
+            rows, width = _linear(policy.module, name).weight.shape
+            steps = num_steps if inside else None
+            jobs.append(Job(name, side, scheme, steps, (rows, width)))
     return jobs
 
 
-def site_profiles(policy: Policy, jobs: Sequence[Job]) -> dict[str, Tensor]:
+def site_profiles(
+    policy: Policy, jobs: Sequence[Job], names: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Layer name -> weight profile [in] over the layers that read the same input.
 
     Only layers with one and the same smoothing share: their divisors come out equal, so one
-    smoothed, rotated and quantized input serves all of them.
+    smoothed, rotated and quantized input serves all of them. names: of which layers (default:
+    of all jobs); the weights of all that share their inputs are looked at.
     """
     smoothing = {job.name: job.scheme.smoothing for job in jobs if job.scheme.smoothing}
     profiles: dict[str, Tensor] = {}
     for site in policy.sites():
         for name in site.consumers:
-            if name not in smoothing or name in profiles:
+            if name not in smoothing or name in profiles or not (names is None or name in names):
                 continue
             shared = [n for n in site.consumers if smoothing.get(n) == smoothing[name]]
             weights = [_linear(policy.module, n).weight.detach() for n in shared]
@@ -189,11 +265,10 @@ def _restrict(recipe: Recipe, sides: Sequence[str]) -> Recipe:
 
 def _origin(
     policy: Policy,
+    weights: Weights,
     samples: ObservationSet | None,
     calibration: Calibration | None,
-    num_steps: int,
-    token_cap: int,
-    seed: int,
+    settings: _Settings,
     source: Mapping[str, str],
 ) -> dict[str, Any]:
     """Provenance of the calibration that this build uses, checked to be of this policy."""
@@ -203,17 +278,17 @@ def _origin(
                 "this recipe needs calibration: give samples, or a calibration of this checkpoint"
             )
         return provenance(
-            policy, samples, num_steps=num_steps, token_cap=token_cap, seed=seed, source=source
+            policy, samples, source=source, dtype=weights.dtype, **dataclasses.asdict(settings)
         )
     origin = dict(calibration.provenance)
     if origin.get("checkpoint_sha256") != source_digest(source):
         raise CalibrationError(
             "the calibration was collected from another checkpoint; collect it from this one"
         )
-    if origin.get("num_steps") != num_steps:
+    if origin.get("num_steps") != settings.num_steps:
         raise CalibrationError(
             f"the calibration is for {origin.get('num_steps')} denoising steps, the build for "
-            f"{num_steps}"
+            f"{settings.num_steps}"
         )
     if samples is not None and origin.get("observations_sha256") != samples.digest():
         raise CalibrationError(
@@ -244,29 +319,73 @@ def _binding(
     }
 
 
-def _chunks(
-    module: nn.Module, jobs: Sequence[Job], tokens: int, memory: int
-) -> Iterator[list[Job]]:
-    """Consecutive jobs whose statistics together stay under `memory` bytes (one job may not)."""
-    chunk: list[Job] = []
-    used = 0
+def _ready(
+    policy: Policy,
+    weights: Weights,
+    jobs: Sequence[Job],
+    calibration: Calibration | None,
+    samples: ObservationSet | None,
+    settings: _Settings,
+    tell: _Teller,
+) -> Iterator[tuple[list[Job], dict[str, LayerStats]]]:
+    """Jobs that can be done now, with the statistics they need, their weights being loaded."""
+    streamed = []
     for job in jobs:
-        width = int(getattr(module.get_submodule(job.name), "in_features"))  # noqa: B009
-        cost = 4 * width * (width + tokens)
-        if chunk and used + cost > memory:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(job)
-        used += cost
-    if chunk:
-        yield chunk
+        if needs_stats(job.scheme) and calibration is None and samples is not None:
+            streamed.append(job)
+            continue
+        given = calibration.stats if calibration is not None else {}
+        with weights.loaded(_readers(policy, job.name)):
+            yield [job], {job.name: given[job.name]} if job.name in given else {}
+    if not streamed or samples is None:
+        return
+    by_name = {job.name: job for job in streamed}
+    for stats in stream(
+        policy,
+        weights,
+        samples.observations,
+        list(by_name),
+        progress=tell.calibrating,
+        **dataclasses.asdict(settings),
+    ):
+        yield [by_name[name] for name in stats], stats
+
+
+def _readers(policy: Policy, name: str) -> tuple[str, ...]:
+    """The layers whose weights decide about layer `name`: itself, and who shares its input."""
+    return (name, *(n for site in policy.sites() if name in site.consumers for n in site.consumers))
+
+
+def _build(
+    policy: Policy,
+    jobs: Sequence[Job],
+    ready: Sequence[Job],
+    stats: dict[str, LayerStats],
+    build: PartialBuild,
+    tell: _Teller,
+) -> None:
+    """Quantize and keep the layers `ready`; each one's statistics are dropped after it."""
+    sites = site_profiles(policy, jobs, [job.name for job in ready])
+    streamed = tell.streaming
+    for job in ready:
+        found = stats.pop(job.name, None)
+        last = streamed and not any(other is found for other in stats.values())
+        layer = _quantize(policy.module, job, found, sites.get(job.name), consume=last)
+        del found
+        with phase("write"):
+            build.save(layer)
+        tell.quantized(job)
 
 
 def _quantize(
-    module: nn.Module, job: Job, stats: Mapping[str, LayerStats], site_profile: Tensor | None
+    module: nn.Module,
+    job: Job,
+    found: LayerStats | None,
+    site_profile: Tensor | None,
+    *,
+    consume: bool,
 ) -> QuantizedLayer:
     linear = _linear(module, job.name)
-    found = stats.get(job.name)
     if found is None and needs_stats(job.scheme):
         raise CalibrationError(
             f"layer {job.name}: its scheme needs calibration (Hessian, profile or tokens) and "
@@ -283,6 +402,7 @@ def _quantize(
         used,
         job.num_steps,
         site_profile,
+        consume=consume,
     )
     return layer.to("cpu")
 
@@ -293,27 +413,49 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _collect(
-    policy: Policy,
-    samples: ObservationSet,
-    names: Sequence[str],
-    num_steps: int,
-    token_cap: int,
-    seed: int,
-    report: Callable[[Progress], None],
-) -> dict[str, LayerStats]:
-    def tick(done: int, total: int) -> None:
-        report(Progress("calibrating", done, total))
+@dataclass(frozen=True)
+class _Settings:
+    """How a policy is run for calibration; the arguments of `collect` and `stream`."""
 
-    return collect(
-        policy,
-        samples,
-        names,
-        num_steps=num_steps,
-        token_cap=token_cap,
-        seed=seed,
-        progress=tick,
-    )
+    num_steps: int
+    token_cap: int
+    seed: int
+
+
+class _Teller:
+    """Tells the progress of a build, with the share of the work that is done.
+
+    The work of a layer is estimated as that of GPTQ: factorizing [in, in], correcting
+    [out, in], and the products of calibration, as if there were as many tokens as inputs.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], todo: Sequence[Job], report: Callable[[Progress], None]
+    ) -> None:
+        self._report, self._total = report, len(jobs)
+        self._finished = len(jobs) - len(todo)
+        self._all, self._done = sum(map(_work, todo)), 0.0
+        self.streaming = False
+
+    def calibrating(self, done: int, total: int) -> None:
+        self.streaming = True
+        self._report(Progress("calibrating", done, total, share=self._share))
+
+    def quantized(self, job: Job) -> None:
+        self._finished += 1
+        self._done += _work(job)
+        self._report(
+            Progress("quantizing", self._finished, self._total, job.name, share=self._share)
+        )
+
+    @property
+    def _share(self) -> float:
+        return self._done / self._all if self._all else 1.0
+
+
+def _work(job: Job) -> float:
+    rows, width = job.shape
+    return float(width**3 + width**2 * rows)
 
 
 def _silent(progress: Progress) -> None:

@@ -8,11 +8,13 @@ observations (`calibrate`); where the denoising steps are is found by counting.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +29,16 @@ from omega_qvla.modules.step_context import current_step
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.pack.files import tensor_bytes
 from omega_qvla.pack.foreign import FAMILY, Attached, attach, module_hashes
+from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import Manifest, source_digest
+from omega_qvla.pack.partial import PartialBuild
+from omega_qvla.pack.reader import read_pack
 from omega_qvla.pack.writer import write_pack
 from omega_qvla.policies.base import PROTECTED, SIDES
 from omega_qvla.policies.foreign import StepCounter, find_linear
-from omega_qvla.quantize import DEFAULT_MEMORY, software
+from omega_qvla.quantize import DEFAULT_MEMORY, Progress, software
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,14 @@ class _Survey:
     """What one pass over the calibration inputs tells before anything is measured.
 
     seen: layer -> the steps it ran in, None for outside them. totals: of the caller's steps.
+    inputs: of the first layer of each side, hashed in the order that they came.
     """
 
     inferences: int = 0
     num_steps: int | None = None
     seen: dict[str, set[int | None]] = field(default_factory=dict)
     totals: set[int] = field(default_factory=set)
+    inputs: Any = field(default_factory=hashlib.sha256)
 
 
 def quantize_(
@@ -73,10 +81,15 @@ def quantize_(
     token_cap: int = DEFAULT_TOKEN_CAP,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
+    resume: bool = True,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Attached:
     """Quantize linear layers of `module` by `recipe` and replace them in place.
 
-    Nothing is replaced before everything has succeeded.
+    Nothing is replaced before everything has succeeded. With `out`, finished layers wait in
+    `<out>.partial/`, and a build that was cut off goes on there when it is called again. It has
+    to be the same build: same weights, recipe, settings, and the same inputs to the first
+    layer of each side, which tells a `calibrate` that draws other observations or noise.
 
     Args:
         module: any module, in eval mode. A layer registered in several places is one layer.
@@ -92,6 +105,8 @@ def quantize_(
         entry: the method whose call is one inference.
         out: where to save the pack; `attach_pack` puts it into a fresh copy of the module.
         backend, token_cap, seed: as of `apply_pack` and `quantize_policy`.
+        resume: False starts anew and discards what an earlier build left at `out`.
+        progress: called after each layer.
 
     Returns:
         The module, its layers, and the counting of steps, which stays installed where static
@@ -101,20 +116,45 @@ def quantize_(
         RecipeError: nothing matched, a layer on both sides, a protected or unreplaceable one.
         CalibrationError: no inference was run, the head's calls differ between inferences, a
             layer never ran, missed a step, or ran both inside and outside the steps.
-        ConfigError: no such head or entry. PackError: `out` cannot be written.
+        ConfigError: no such head or entry. PackError: `out` cannot be written, another build is
+            writing it, or unfinished work of another build lies there.
     """
-    targets = _targets(module, _with_regexes(recipe, backbone, action_head, exclude))
+    recipe = _with_regexes(recipe, backbone, action_head, exclude)
+    targets = _targets(module, recipe)
     survey = _survey(module, calibrate, targets, head, entry)
+    manifest = _manifest(module, recipe, survey, head, entry, token_cap, seed)
+
+    def make(todo: Sequence[_Target]) -> Iterator[QuantizedLayer]:
+        for chunk in _chunks(todo, token_cap * (survey.num_steps or 1), memory):
+            stats = _collect(module, calibrate, chunk, survey, head, entry, token_cap, seed)
+            for target in chunk:
+                yield _quantize(target, stats.get(target.name), survey)
+                if progress is not None:
+                    done = len(targets) - len(todo) + todo.index(target) + 1
+                    progress(Progress("quantizing", done, len(targets), target.name))
+
+    layers: Mapping[str, QuantizedLayer]
+    if out is None:
+        layers = {layer.name: layer for layer in make(targets)}
+    else:
+        layers = _kept(Path(out), manifest, targets, survey, make, resume)
+    return attach(module, layers, manifest, backend)
+
+
+def _manifest(
+    module: nn.Module,
+    recipe: Recipe,
+    survey: _Survey,
+    head: str | None,
+    entry: str,
+    token_cap: int,
+    seed: int,
+) -> Manifest:
     source = module_hashes(module)
-    layers: dict[str, QuantizedLayer] = {}
-    for chunk in _chunks(targets, token_cap * (survey.num_steps or 1), memory):
-        stats = _collect(module, calibrate, chunk, survey, head, entry, token_cap, seed)
-        for target in chunk:
-            layers[target.name] = _quantize(target, stats.get(target.name), survey)
-    manifest = Manifest(
+    return Manifest(
         family=FAMILY,
         source=source,
-        recipe=_with_regexes(recipe, backbone, action_head, exclude).to_dict(),
+        recipe=recipe.to_dict(),
         num_steps=survey.num_steps or 1,
         config={
             "module": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -127,13 +167,38 @@ def quantize_(
             "seed": seed,
             "token_cap": token_cap,
             "num_steps": survey.num_steps,
+            "inputs_sha256": survey.inputs.hexdigest(),
             "checkpoint_sha256": source_digest(source),
         },
         software=software(),
     )
-    if out is not None:
-        write_pack(out, manifest, layers)
-    return attach(module, layers, manifest, backend)
+
+
+def _kept(
+    out: Path,
+    manifest: Manifest,
+    targets: Sequence[_Target],
+    survey: _Survey,
+    make: Callable[[Sequence[_Target]], Iterator[QuantizedLayer]],
+    resume: bool,
+) -> Mapping[str, QuantizedLayer]:
+    """The layers, each kept as soon as it is made; then the pack `out`, and no more of them."""
+    binding = {
+        "recipe": dict(manifest.recipe),
+        "module": dict(manifest.config),
+        "checkpoint": source_digest(manifest.source),
+        "calibration": dict(manifest.calibration),
+        "layers": {target.name: sorted(map(str, survey.seen[target.name])) for target in targets},
+        "software": dict(manifest.software),
+    }
+    with output_lock(out):
+        build = PartialBuild(out, manifest, [target.name for target in targets])
+        build.open(binding, resume)
+        for layer in make([target for target in targets if not build.finished(target.name)]):
+            build.save(layer)
+        write_pack(out, manifest, build.layers())
+        build.remove()
+        return read_pack(out, verify=False).layers
 
 
 def _with_regexes(
@@ -202,18 +267,23 @@ def _survey(
     """Run `calibrate` once; see how many inferences and steps there are and who runs in which."""
     counter = StepCounter(module, head, entry)
     survey = _Survey(seen={target.name: set() for target in targets})
+    first: dict[str, str] = {}  # side -> the layer that ran first
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            survey.seen[name].add(counter.index())
+    def look(target: _Target) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            survey.seen[target.name].add(counter.index())
             step = current_step()
             survey.totals |= set() if step is None else {step.total}
+            if first.setdefault(target.side, target.name) == target.name:
+                x = args[0] if args else kwargs["input"]
+                survey.inputs.update(f"{target.name} {list(x.shape)}".encode())
+                survey.inputs.update(tensor_bytes(x))
 
         return hook
 
     with _installed(counter), ExitStack() as hooks:
         for target in targets:
-            handle = target.linear.register_forward_pre_hook(look(target.name))
+            handle = target.linear.register_forward_pre_hook(look(target), with_kwargs=True)
             hooks.callback(handle.remove)
         _run(calibrate)
     survey.inferences = len(counter.counts)

@@ -29,6 +29,7 @@ def test_provenance_says_where_it_comes_from(calibration: Calibration) -> None:
         "seed": 5,
         "token_cap": DEFAULT_TOKEN_CAP,
         "num_steps": 10,
+        "dtype": "float32",
         "samples": [["t", 0, 4], ["t", 1, 4], ["t", 2, 4]],
     }
 

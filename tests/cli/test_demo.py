@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cli.fakes import TASKS
+from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
-from omega_qvla.cli.demo.plan import DemoPlan, find_checkpoints, plan_from_arguments
+from omega_qvla.cli.demo.plan import demo_plan, find_checkpoints, plan_from_arguments
 from omega_qvla.cli.demo.run import run_demo
 from omega_qvla.cli.main import main
 from omega_qvla.errors import CheckpointError, ConfigError
@@ -22,10 +23,10 @@ ARMS = {"full-precision", "rtn", "omega-paper", "omega"}
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> DemoPlan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     folder = tmp_path_factory.mktemp("demo")
     checkpoint = save_policy(tiny_pi05(num_steps=2), folder / "assets" / "pi05")
-    return DemoPlan(
+    return demo_plan(
         folder / "out",
         {"pi05": checkpoint},
         TASKS,
@@ -39,12 +40,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> DemoPlan:
 
 
 @pytest.fixture(scope="module")
-def finished(plan: DemoPlan) -> DemoPlan:
+def finished(plan: Comparison) -> Comparison:
     run_demo(plan, Console(quiet=True))
     return plan
 
 
-def test_summary_has_the_promised_schema(finished: DemoPlan) -> None:
+def test_summary_has_the_promised_schema(finished: Comparison) -> None:
     summary = json.loads((finished.out / "summary.json").read_text())
     assert list(summary) == ["pi05"]
     assert list(summary["pi05"]) == ["plain", "outliers"]
@@ -61,7 +62,7 @@ def test_summary_has_the_promised_schema(finished: DemoPlan) -> None:
             )
 
 
-def test_outlier_channels_change_the_quantized_arms_only(finished: DemoPlan) -> None:
+def test_outlier_channels_change_the_quantized_arms_only(finished: Comparison) -> None:
     arms = json.loads((finished.out / "summary.json").read_text())["pi05"]
     plain, outliers = arms["plain"], arms["outliers"]
     assert plain["full-precision"]["success"] == outliers["full-precision"]["success"]
@@ -69,16 +70,16 @@ def test_outlier_channels_change_the_quantized_arms_only(finished: DemoPlan) -> 
     assert outliers["omega"]["cosine"]["median"] > outliers["rtn"]["cosine"]["median"]
 
 
-def test_report_shows_every_part(finished: DemoPlan) -> None:
+def test_report_shows_every_part(finished: Comparison) -> None:
     page = (finished.out / "report.html").read_text()
     assert "was not measured in this run" not in page
     assert page.count("data:image/webp") >= 2
 
 
 def test_a_second_call_does_nothing_again(
-    finished: DemoPlan, capsys: pytest.CaptureFixture[str]
+    finished: Comparison, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = [*finished.out.rglob("*.safetensors"), *finished.out.rglob("drift.json")]
+    kept = [*finished.out.rglob("*.safetensors"), *finished.out.rglob("drift.jsonl")]
     times = {path: path.stat().st_mtime_ns for path in kept}
     episodes = (finished.out / "episodes.jsonl").read_text()
     run_demo(finished, Console(as_json=True, quiet=True))
@@ -88,12 +89,12 @@ def test_a_second_call_does_nothing_again(
     assert printed["summary"] == json.loads((finished.out / "summary.json").read_text())
 
 
-def test_files_of_another_demo_are_refused(finished: DemoPlan) -> None:
+def test_files_of_another_demo_are_refused(finished: Comparison) -> None:
     with pytest.raises(ConfigError, match="other ratio; give another --out"):
         run_demo(dataclasses.replace(finished, ratio=10.0), Console(quiet=True))
 
 
-def test_a_missing_family_is_named(plan: DemoPlan) -> None:
+def test_a_missing_family_is_named(plan: Comparison) -> None:
     assets = plan.checkpoints["pi05"].parent
     assert find_checkpoints(assets, ["pi05"]) == {"pi05": assets / "pi05"}
     with pytest.raises(CheckpointError, match="no checkpoint of groot_n15 in"):
@@ -114,7 +115,7 @@ def test_missing_assets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "out").exists()
 
 
-def test_quick_is_smaller(plan: DemoPlan) -> None:
+def test_quick_is_smaller(plan: Comparison) -> None:
     args = argparse.Namespace(
         out=plan.out,
         assets=plan.checkpoints["pi05"].parent,

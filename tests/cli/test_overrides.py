@@ -109,7 +109,7 @@ def test_a_flag_without_effect_is_refused(name: str, words: list[str]) -> None:
     "words",
     [
         ["--weight-bits", "5"],
-        ["--act-bits", "6"],
+        ["--act-bits", "5"],
         ["--rotation-block", "48"],
         ["--damp", "0"],
     ],

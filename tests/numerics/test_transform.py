@@ -61,7 +61,7 @@ def test_hessian_is_that_of_the_transformed_tokens(kind: str) -> None:
     weight, x = layer_weight(9, 48).double(), random(70, 48).double()
     transform = make(kind, weight, smooth=True, permute=True)
     rotated = transform.activations(x)
-    torch.testing.assert_close(transform.hessian(x.T @ x / 70), rotated.T @ rotated / 70)
+    torch.testing.assert_close(transform.hessian_(x.T @ x / 70), rotated.T @ rotated / 70)
 
 
 def test_blocks_must_be_there() -> None:

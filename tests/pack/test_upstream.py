@@ -129,7 +129,7 @@ def test_off_grid_weights_are_refused(tmp_path: Path) -> None:
         ),
         ({"act_scale_table": torch.zeros(STEPS, 3)}, "act_scale_table is not"),
         ({"act_scale_table": None}, "no activation scales.*per_token"),
-        ({"a_bits": 6}, "activation.bits"),
+        ({"a_bits": 5}, "activation.bits"),
         ({"weight_bits": 8}, "weight.bits|grid"),
         ({"duquant_rotation": torch.eye(3)}, "duquant_rotation is"),
     ],

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from omega_qvla.errors import CheckpointError
 from omega_qvla.policies import checkpoint
 
 
 class Source:
-    """Tensors by their name in the network; memory-mapped, valid while the source is open."""
+    """Tensors by their name in the network, mapped into memory for as long as they are held."""
 
-    def __init__(self, names: dict[str, str], handles: dict[str, Any]) -> None:
-        self._names, self._handles = names, handles
+    def __init__(self, names: dict[str, str], files: Mapping[str, Path]) -> None:
+        self._names, self._files = names, files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __getitem__(self, name: str) -> Tensor:
+        # Opened anew for each: pages of a file that stays mapped would add up to its size.
         stored = self._names[name]
-        tensor: Tensor = self._handles[stored].get_tensor(stored)
-        return tensor
+        try:
+            with safe_open(self._files[stored], framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(stored)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self._files[stored]} can no longer be read: {error}"
+            ) from error
 
 
-@contextmanager
-def open_source(
-    files: Mapping[str, Path], layout: checkpoint.Layout, network: nn.Module
-) -> Iterator[Source]:
-    """Open the files of a checkpoint. Raises CheckpointError where they do not fit `network`."""
-    names = checkpoint.stored_names(files, layout, network)
-    with ExitStack() as stack:
-        paths = sorted(set(files.values()))
-        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-        yield Source(names, {stored: opened[path] for stored, path in files.items()})
+def open_source(files: Mapping[str, Path], layout: checkpoint.Layout, network: nn.Module) -> Source:
+    """The tensors of a checkpoint. Raises CheckpointError where they do not fit `network`."""
+    return Source(checkpoint.stored_names(files, layout, network), files)

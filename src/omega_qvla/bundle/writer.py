@@ -80,10 +80,8 @@ def write_bundle(
     policy, steps = found.blank, options.bake_steps
     policy = policy if steps is None else with_steps(policy, steps)
     network = policy.module
-    with (
-        _new_folder(Path(out)) as building,
-        open_source(found.files, found.layout, network) as source,
-    ):
+    source = open_source(found.files, found.layout, network)
+    with _new_folder(Path(out)) as building:
         shutil.copyfile(pack, building / PACK)
         read = read_pack(building / PACK)
         _check_source(policy, read, source)

@@ -29,6 +29,7 @@ from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import source_hashes
+from omega_qvla.policies.weights import main_dtype
 
 FORMAT_NAME = "omega-qvla calibration"
 DEFAULT_TOKEN_CAP = 1024
@@ -154,7 +155,7 @@ def collect(
         )
     steps = policy.num_steps if num_steps is None else num_steps
     observer = InputObserver(
-        _linears(policy.module, layer_names),
+        linears(policy.module, layer_names),
         num_steps=steps,
         token_cap=token_cap,
         observations=len(chosen),
@@ -175,7 +176,7 @@ def noise_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
-def _linears(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def linears(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     found = dict(module.named_modules())
     for name in names:
         if name not in found:
@@ -193,10 +194,12 @@ def provenance(
     token_cap: int = DEFAULT_TOKEN_CAP,
     seed: int = 0,
     source: Mapping[str, str] | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """What a calibration with these arguments is made from; it determines its statistics.
 
-    source: `source_hashes(policy)`, where the caller already has them.
+    source: `source_hashes(policy)`, where the caller already has them. dtype: what the network
+    runs in, where its weights are not there to tell.
     """
     source = source_hashes(policy) if source is None else source
     return {
@@ -205,6 +208,7 @@ def provenance(
         "seed": seed,
         "token_cap": token_cap,
         "num_steps": policy.num_steps if num_steps is None else num_steps,
+        "dtype": main_dtype(policy.module) if dtype is None else dtype,
         "samples": [[meta.task, meta.episode, meta.step] for meta in samples.meta],
         "observations_sha256": samples.digest(),
         "checkpoint_sha256": source_digest(source),

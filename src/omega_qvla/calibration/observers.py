@@ -18,20 +18,28 @@ from torch import Tensor, nn
 
 from omega_qvla.errors import CalibrationError
 from omega_qvla.modules.step_context import current_step
+from omega_qvla.numerics.phases import phase
 from omega_qvla.numerics.smoothing import robust_energy
 from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.numerics.symmetric import add_gram_, mirror_
 
+_PENDING = 2048  # tokens per product of the Hessian
 OUTSIDE = -1  # the key of everything that runs outside the denoising steps
 
 
 @dataclass
 class _Group:
-    """What is accumulated for one input tensor and the layers that read it."""
+    """What is accumulated for one input tensor and the layers that read it.
+
+    Tokens wait in `pending` until there are enough for an efficient product; the Hessian's
+    upper triangle is all that is summed.
+    """
 
     hessian: Tensor
     energy: Tensor
     energy_count: int = 0
     count: int = 0
+    pending: list[Tensor] = field(default_factory=list)
     tokens: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -40,23 +48,50 @@ class _Group:
         return cls(hessian, torch.zeros(width, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Account for tokens x [n, in], float32."""
-        self.hessian.addmm_(x.T, x)
-        energy, counted = robust_energy(x)
+        """Account for tokens x [n, in], in the dtype of the layer's input."""
+        energy, counted = robust_energy(x.float())
         self.energy += energy
         self.energy_count += counted
         self.count += len(x)
+        self.pending.append(x.clone())
+        if sum(map(len, self.pending)) >= _PENDING:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        x = torch.cat(self.pending)
+        self.pending.clear()
+        with phase("hessian"), exact_products(x.dtype):
+            add_gram_(self.hessian, x.float())
 
     def stats(self, steps: list[int]) -> LayerStats:
-        """The statistics, on the CPU, with one tensor of tokens per entry of `steps`."""
-        hessian = self.hessian.cpu() / self.count
+        """The statistics, on the CPU, with one tensor of tokens per entry of `steps`; once."""
+        self._flush()
         profile = (self.energy.cpu() / max(self.energy_count, 1)).sqrt().to(torch.float32)
         return LayerStats(
-            hessian=(hessian + hessian.T) / 2,  # the product is symmetric only up to rounding
+            hessian=mirror_(self.hessian.cpu().div_(self.count), to="lower"),
             profile=profile,
-            tokens=tuple(torch.cat(self.tokens[step]).cpu() for step in steps),
+            tokens=tuple(torch.cat(self.tokens[step]).float().cpu() for step in steps),
             count=self.count,
         )
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products on the CPU of values that are bfloat16 anyway run as such.
+
+    Each product of two bfloat16 numbers is exact in float32 and sums stay in float32, so
+    nothing is lost, and processors with bfloat16 instructions are twice as fast.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    try:
+        if dtype == torch.bfloat16:
+            settings.fp32_precision = "bf16"
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class InputObserver:
@@ -140,7 +175,7 @@ class InputObserver:
                 f"layer {name}: ran in a trajectory of {step.total} denoising steps; the "
                 f"calibration is for {self._num_steps}"
             )
-        tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        tokens = x.detach().reshape(-1, x.shape[-1])
         if not bool(torch.isfinite(tokens).all()):
             raise CalibrationError(
                 f"layer {name}: non-finite input {where}, observation {self._observation}; "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omega_qvla.cli.comparison.verb import HELD_OUT, add_recipes, run_recipes
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.cli.loading import add_loading, add_pack_options, loading, pack_options
@@ -33,6 +34,12 @@ the executed actions relative to the reference's.
 With --checkpoint, --pack and --observations or --dataset: drift, the cosine between the
 action chunks of the packs and of the checkpoint on the same observations and the same
 noise. Of a dataset or a folder, only the episodes that calibration leaves alone are used.
+
+With --recipes: everything from the beginning. Each recipe is built on each checkpoint from
+one shared calibration, its drift is measured on held-out observations, and all arms play
+the same episodes in the simulator; OUT gets the records (drift.jsonl, episodes.jsonl), the
+tables (comparison.md, comparison.csv, summary.json) and report.html. A run that was cut off
+goes on where it was; more recipes, checkpoints or episodes may join later.
 """
 EXAMPLES = """\
   omega-qvla compare results.jsonl
@@ -40,6 +47,10 @@ EXAMPLES = """\
       --observations held-out.safetensors --markdown comparison.md
   omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors --pack rtn=naive.safetensors \\
       --observations held-out.safetensors --json
+  omega-qvla compare --recipes rtn,quarot-w4a4,omega --checkpoint assets/pi05-metaworld \\
+      --checkpoint assets/groot-n15-metaworld --outliers --out runs/comparison
+  omega-qvla compare --recipes ablations,omega@10 --checkpoint CHECKPOINT --dataset DATASET \\
+      --out runs/ablations
 """  # noqa: E501
 
 
@@ -50,7 +61,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (and the reference)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table there")
     drift = parser.add_argument_group("drift")
-    drift.add_argument("--checkpoint", type=Path, metavar="DIR", help="or its id on the Hub")
+    drift.add_argument(
+        "--checkpoint",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        help="may be repeated with --recipes",
+    )
     drift.add_argument(
         "--pack", action="append", type=labelled, metavar="LABEL=FILE", help="may be repeated"
     )
@@ -59,20 +76,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--num-samples",
         type=at_least(1),
         metavar="N",
-        help=f"use so many of them (default: all of a file, {DRIFT_SAMPLES} of a dataset)",
+        help=f"use so many of them (default: all of a file, {DRIFT_SAMPLES} of a dataset; "
+        f"{HELD_OUT} with --recipes)",
     )
     drift.add_argument("--variant", default="plain", help="of the checkpoint (default: plain)")
     add_loading(parser)
     add_pack_options(parser)
     add_backend(parser)
+    add_recipes(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Compare and show."""
     from omega_qvla.evaluation.records import REFERENCE
 
+    if args.recipes:
+        return run_recipes(args, console)
+    if args.out is not None:
+        raise ConfigError("--out goes with --recipes")
     if not args.results and not args.pack:
-        raise ConfigError("nothing to compare: give results files, or --checkpoint with --pack")
+        raise ConfigError(
+            "nothing to compare: give results files, --checkpoint with --pack, or --recipes"
+        )
     reference = args.reference or REFERENCE
     records = _records(args, reference)
     drift, sizes = _drift(args, console) if args.pack else ({}, {})
@@ -125,14 +150,17 @@ def _drift(
     from omega_qvla.evaluation.records import ArmKey
     from omega_qvla.runtime.engine import Engine
 
-    if args.checkpoint is None or (args.observations is None) == (args.dataset is None):
+    if not args.checkpoint or (args.observations is None) == (args.dataset is None):
         raise ConfigError(
             "drift takes --checkpoint, --pack and --observations together (or --dataset for "
             "--observations)"
         )
+    if len(args.checkpoint) > 1:
+        raise ConfigError("packs are of one checkpoint: give one --checkpoint")
+    (checkpoint,) = args.checkpoint
     packs = unique(args.pack, "pack")
     options = loading(args)
-    outline = open_checkpoint(args.checkpoint, **options)
+    outline = open_checkpoint(checkpoint, **options)
     source = open_recordings(args, outline.policy)
     assert source is not None
     count = args.num_samples
@@ -166,20 +194,9 @@ def _summary(
     sizes: Mapping[ArmKey, tuple[int, int]],
     reference: str,
 ) -> dict[str, Any]:
-    from omega_qvla.evaluation.summary import summarise
+    from omega_qvla.evaluation.summary import add_drift, summarise
 
-    summary: dict[str, Any] = summarise(records, drift, sizes, reference=reference)
-    for key, found in drift.items():
-        arms = summary.setdefault(key.family, {}).setdefault(key.variant, {})
-        if key.arm not in arms:  # drift without episodes
-            stored, full = sizes.get(key, (None, None))
-            arms[key.arm] = {
-                "cosine": found.cosine(),
-                "relative_error": found.relative_error,
-                "layer_bytes": stored,
-                "layer_bytes_16bit": full,
-            }
-    return summary
+    return add_drift(summarise(records, drift, sizes, reference=reference), drift, sizes)
 
 
 COLUMNS = (

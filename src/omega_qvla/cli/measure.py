@@ -5,7 +5,13 @@ from __future__ import annotations
 from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.evaluation.rollout import noise_seed
 
+#: Steps of an episode are below this: another draw's seeds are nobody else's.
+_DRAW = 1 << 20
 
-def drift_seeds(samples: ObservationSet) -> list[int]:
-    """The noise seed of every observation: by its episode and step, so equal for all arms."""
-    return [noise_seed(meta.episode, meta.step) for meta in samples.meta]
+
+def drift_seeds(samples: ObservationSet, draw: int = 0) -> list[int]:
+    """The noise seed of every observation: by its episode and step, so equal for all arms.
+
+    draw: another noise for each of them.
+    """
+    return [noise_seed(meta.episode, meta.step + draw * _DRAW) for meta in samples.meta]

@@ -18,7 +18,7 @@ from omega_qvla.calibration.sources.base import DEFAULT_HELD_OUT, Part
 from omega_qvla.calibration.sources.layout import read_layout
 from omega_qvla.calibration.sources.mapping import DEFAULT_STATE_KEY, map_cameras
 from omega_qvla.cli.parsing import unique
-from omega_qvla.errors import ConfigError, EvaluationError
+from omega_qvla.errors import ConfigError, EvaluationError, ObservationError
 from omega_qvla.pack.reader import read_pack
 
 if TYPE_CHECKING:
@@ -66,7 +66,14 @@ def draw_checked(
     held_out = held_out_of(args)
     which = which if held_out else "all"
     samples = draw(source, n, getattr(args, "seed", 0), which=which, held_out=held_out)
-    policy.prepare(samples.observations[:1])
+    try:
+        policy.prepare(samples.observations[:1])
+    except ObservationError as error:
+        raise ObservationError(
+            f"{error}; the observations are {source.source or 'of another policy'}. Of a dataset "
+            "or a folder, --state-key KEY=0:7,22 chooses the columns of the state, --camera "
+            "NAME=KEY the images; images of another size need the setting `resize: true`"
+        ) from error
     return samples
 
 

@@ -104,10 +104,14 @@ def preset(name: str) -> Recipe:
 
 
 def resolve_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
-    """A preset by name, or a recipe from a YAML file. Raises RecipeError."""
+    """A preset or an ablation by name, or a recipe from a YAML file. Raises RecipeError."""
+    from omega_qvla.config.ablations import ABLATIONS  # which is made from the presets
+
     name = os.fspath(name_or_path)
     if name in PRESETS:
         return PRESETS[name]()
+    if name in ABLATIONS:
+        return ABLATIONS[name]
     if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
         return load_yaml(name)
     raise RecipeError(

@@ -114,6 +114,8 @@ class ActivationScheme:
     `per_token*` scales are dynamic; `per_step_*` come from a calibrated table with one row
     per denoising step. group: channels that share a scale in the `_group` kinds.
     clip: fraction of a dynamic absmax that is kept. percentile: of |x|, for static scales.
+    pooled: static scales from the tokens of all steps together, the same in every step.
+    bits: 4, 8, or 6, which no integer kernel has: emulated only.
     """
 
     kind: ActivationKind = "none"
@@ -121,10 +123,15 @@ class ActivationScheme:
     group: int = 64
     clip: float = 1.0
     percentile: float = 99.9
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         _choice("activation.kind", self.kind, ActivationKind)
-        _need(self.bits in (4, 8), f"activation.bits must be 4 or 8, not {self.bits}")
+        _need(self.bits in (4, 6, 8), f"activation.bits must be 4, 6 or 8, not {self.bits}")
+        _need(
+            self.static or not self.pooled,
+            f"activation.pooled is for the per_step kinds; {self.kind} has no table to pool",
+        )
         _need(self.group > 0, f"activation.group must be positive, not {self.group}")
         _need(0 < self.clip <= 1, f"activation.clip must lie in (0, 1], not {self.clip}")
         _need(0 < self.percentile <= 100, "activation.percentile must lie in (0, 100]")

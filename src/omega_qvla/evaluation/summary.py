@@ -56,6 +56,25 @@ def summarise(
     return summary
 
 
+def add_drift(
+    summary: Summary, drift: Mapping[ArmKey, Drift], sizes: Mapping[ArmKey, tuple[int, int]]
+) -> Summary:
+    """`summary` with the arms that were measured and played no episode; changed in place.
+
+    They have `cosine`, `worst_channel`, `relative_error` and the bytes, and none of the others.
+    """
+    for key, found in drift.items():
+        arms = summary.setdefault(key.family, {}).setdefault(key.variant, {})
+        if key.arm not in arms:
+            stored, full = sizes.get(key, (None, None))
+            arms[key.arm] = {
+                **_drift(found, False),
+                "layer_bytes": stored,
+                "layer_bytes_16bit": full,
+            }
+    return summary
+
+
 def _arm(
     key: ArmKey,
     records: Sequence[EpisodeRecord],

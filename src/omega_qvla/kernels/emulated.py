@@ -38,9 +38,9 @@ class EmulatedBackend:
     name = "emulated"
 
     def capabilities(self) -> Capabilities:
-        """Every activation kind, 4 and 8 bits, CPU and CUDA; not native."""
+        """Every activation kind, 4, 6 and 8 bits, CPU and CUDA; not native."""
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 8}), devices)
+        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
 
     def available(self) -> tuple[bool, str]:
         """Always: it is plain torch."""

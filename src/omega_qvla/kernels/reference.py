@@ -208,7 +208,7 @@ class ReferenceBackend:
 
     def capabilities(self) -> Capabilities:
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 8}), devices)
+        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
 
     def available(self) -> tuple[bool, str]:
         return True, "plain torch"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,24 @@ def _shared(
             product = SharedProduct.of(layers, names, backend, devices[names[0]])
             found |= {name: (product, i) for i, name in enumerate(names)}
     return found
+
+
+@contextmanager
+def quantized_linears(
+    module: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    backend: str | Backend = "auto",
+) -> Iterator[None]:
+    """`replace_linears` for the length of a block; the linears come back after it."""
+    originals = {name: _find(module, name, layer) for name, layer in layers.items()}
+    if layers:
+        replace_linears(module, layers, backend)
+    try:
+        yield
+    finally:
+        for name, linear in originals.items():
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, linear)
 
 
 def _find(module: nn.Module, name: str, layer: QuantizedLayer) -> nn.Linear:

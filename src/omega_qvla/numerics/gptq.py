@@ -12,10 +12,16 @@ from torch import Tensor
 
 from omega_qvla.config.recipe import Grid
 from omega_qvla.errors import NumericsError
+from omega_qvla.numerics.factor import checked, factor_, indefinite
+from omega_qvla.numerics.phases import phase
 from omega_qvla.numerics.qparams import check_weight, expand_groups, qrange, weight_scales
 from omega_qvla.numerics.rtn import dequantize, round_weight
+from omega_qvla.numerics.symmetric import both_sides_
 
-_DAMP_TRIES = 6  # each ten times the damping of the one before
+#: Up to this many inputs everything is computed in float64, and objectives from the Hessian
+#: itself; above, in float32 within the Hessian's memory, and objectives from its factor.
+EXACT_UP_TO = 1024
+_PANEL = 512  # columns at once in products with the factor
 
 
 def row_objective(weight: Tensor, wq: Tensor, hessian: Tensor) -> Tensor:
@@ -32,38 +38,6 @@ def objective(weight: Tensor, wq: Tensor, hessian: Tensor) -> float:
     return float(row_objective(weight, wq, hessian).sum())
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular float64 U with U^T U = inverse(H + damp * mean(diag H) * I).
-
-    Columns that no token ever reached (diag <= 0) are uncoupled, so they are just rounded.
-    The damping grows tenfold, up to six times, until the factorization succeeds.
-
-    Raises:
-        NumericsError: not a symmetric positive semi-definite, finite matrix.
-    """
-    if not bool(torch.isfinite(hessian).all()):
-        raise NumericsError("the Hessian has values that are not finite")
-    h = hessian.double()
-    h = (h + h.T) / 2
-    factor: Tensor
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    h = h.masked_fill(dead[:, None] | dead[None, :], 0.0)
-    h.diagonal().masked_fill_(dead, mean)
-    applied = 0.0
-    for attempt in range(_DAMP_TRIES):
-        wanted = damp * 10**attempt * mean
-        h.diagonal().add_(wanted - applied)
-        applied = wanted
-        lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0:
-            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0 and bool(torch.isfinite(factor).all()):
-                return factor
-    raise NumericsError("the Hessian is not positive semi-definite; recalibrate the layer")
-
-
 def _check(weight: Tensor, hessian: Tensor) -> None:
     check_weight(weight)
     if tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
@@ -73,36 +47,88 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
 
 
 def _round_columns(
-    columns: Tensor, factor: Tensor, step: Tensor, bits: int
+    columns: Tensor, original: Tensor, coupling: Tensor, step: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """One block: rounds the columns [n, out] of a weight (altered) in order.
+    """One block: rounds the columns [n, out] of a weight in order, correcting those after.
 
-    A column is a row here, so that it is contiguous. factor: the block's [n, n] part of U;
-    step [n, out]. Returns (integers, scaled errors), both [n, out].
+    A column is a row here, so that it is contiguous. columns: what is to be rounded, corrected
+    for the blocks before (altered: for this block too); original: the weight itself; coupling:
+    the block's [n, n] part of M, its columns divided by their diagonal entries. Returns
+    (integers, errors of the original weight), both [n, out].
     """
     low, high = qrange(bits)
     q, errors = torch.empty_like(columns), torch.empty_like(columns)
-    pivots = factor.diagonal().tolist()
-    for i, pivot in enumerate(pivots):
+    for i in range(len(columns)):
         torch.div(columns[i], step[i], out=q[i]).round_().clamp_(low, high)
-        torch.addcmul(columns[i], q[i], step[i], value=-1, out=errors[i]).div_(pivot)
-        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        torch.addcmul(original[i], q[i], step[i], value=-1, out=errors[i])
+        columns[i + 1 :].addr_(coupling[i, i + 1 :], errors[i])
     return q, errors
 
 
 def _sweep(
-    weight: Tensor, hessian: Tensor, step: Tensor, bits: int, damp: float, block: int
-) -> Tensor:
-    """All columns of weight [out, in] in order, in blocks: integers [out, in], same dtype."""
-    factor = inverse_factor(hessian, damp).to(weight.dtype)
-    columns, step = weight.T.clone(memory_format=torch.contiguous_format), step.T.contiguous()
-    q = torch.empty_like(columns)
-    for start in range(0, columns.shape[0], block):
-        end = min(start + block, columns.shape[0])
+    original: Tensor, factor: Tensor, step: Tensor, bits: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """All columns of a weight in order, in blocks; a column is a row here: original [in, out].
+
+    factor: M with M M^T = H + lambda I in its upper triangle [in, in]; the rest is not looked
+    at. step: [in, out], or [1, out]. With e = w - q s, entry j of e M is
+    M_jj (w_j + sum_{i<j} e_i M_ij / M_jj - q_j s_j): rounding what is in brackets, column by
+    column, is the greedy minimisation of |e M|^2 = e (H + lambda I) e^T, and is GPTQ, without
+    the inverse. Returns (integers int8 [in, out], |e M|^2 float64 [out]).
+    """
+    pivots = factor.diagonal().clone()
+    columns = original.clone()
+    q = torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
+    reached = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
+    for start in range(0, len(columns), block):
+        end = min(start + block, len(columns))
         part = slice(start, end)
-        q[part], errors = _round_columns(columns[part], factor[part, part], step[part], bits)
-        columns[end:] -= factor[part, end:].T @ errors
-    return q.T
+        steps = step[part] if len(step) > 1 else step.expand(end - start, -1)
+        coupling = factor[part, part] / pivots[part]
+        rounded, errors = _round_columns(columns[part], original[part], coupling, steps, bits)
+        q[part] = rounded
+        left = torch.addcmul(columns[part], rounded, steps, value=-1).mul_(pivots[part, None])
+        reached += left.square_().sum(0, dtype=torch.float64)
+        for first in range(end, len(columns), _PANEL):
+            after = slice(first, min(first + _PANEL, len(columns)))
+            columns[after].addmm_((factor[part, after] / pivots[after]).T, errors)
+    return q, reached
+
+
+def _plain_is_better(error: Tensor, factor: Tensor, added: float, reached: Tensor) -> Tensor:
+    """Whether e H e^T = |e M|^2 - lambda |e|^2 < reached: bool [out], errors e^T [in, out].
+
+    The terms of |e M|^2 are not negative, so a row is decided as soon as enough of them are
+    summed; the first columns are the cheapest, and often the first third is enough.
+    """
+    bar = reached + added * _squares(error)
+    total = torch.zeros_like(bar)
+    for start in range(0, len(error), _PANEL):
+        part = slice(start, min(start + _PANEL, len(error)))
+        product = factor[part, part].triu().T @ error[part]
+        product.addmm_(factor[:start, part].T, error[:start])
+        total += _squares(product)
+        if bool((total >= bar).all()):
+            break
+    return total < bar
+
+
+def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """(M, lambda) in the memory of `hessian`, or in float64 where float32 does not suffice.
+
+    Raises:
+        NumericsError: not positive semi-definite.
+    """
+    checked(hessian)
+    if hessian.dtype != torch.float64:
+        added = factor_(hessian, damp, tries=1)
+        if added is not None:
+            return hessian, added
+        hessian = hessian.double()
+    added = factor_(hessian, damp)
+    if added is None:
+        raise indefinite()
+    return hessian, added
 
 
 def gptq(
@@ -116,6 +142,7 @@ def gptq(
     act_order: bool = False,
     *,
     store: torch.dtype | None = None,
+    consume: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Full GPTQ of weight [out, in] under hessian [in, in].
 
@@ -124,29 +151,61 @@ def gptq(
     by about 2% either way, and would forbid `act_order`. Columns go in blocks of `block`, the
     error of each fed forward across the whole row; with `act_order` in order of decreasing
     diag(H). A row for which plain rounding has the lower objective keeps plain rounding, so
-    the result is never worse than RTN.
+    the result is never worse than RTN (beyond `EXACT_UP_TO` inputs: up to the rounding of
+    float32 products).
 
     damp: relative to mean(diag H). store: dtype in which scales must be exact (float16 in a
-    pack). Returns (q int8 [out, in], scale [out, n_groups]).
+    pack). consume: the hessian may be overwritten, which saves its copy. Returns
+    (q int8 [out, in], scale [out, n_groups]).
 
     Raises:
         NumericsError: shapes that do not fit, non-finite values, an indefinite Hessian.
     """
     _check(weight, hessian)
     weight = weight if weight.dtype == torch.float64 else weight.float()
-    scale = weight_scales(weight, bits, group, grid, store=store)
-    step = expand_groups(scale, weight.shape[1], group)
+    with phase("scales"):
+        scale = weight_scales(weight, bits, group, grid, store=store)
+        nearest = round_weight(weight, scale, bits, group)
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    swept = _sweep(weight[:, order], hessian[order][:, order], step[:, order], bits, damp, block)
-    q = torch.empty_like(swept)
-    q[:, order] = swept
-    nearest = round_weight(weight, scale, bits, group)
-    worse = row_objective(weight, q * step, hessian) > row_objective(
-        weight, nearest * step, hessian
-    )
-    return torch.where(worse[:, None], nearest, q.to(torch.int8)), scale
+    exact = weight.shape[1] <= EXACT_UP_TO
+    with phase("factorize"):
+        factor, added = _factored(_ordered(hessian, order, act_order, exact, consume), damp)
+        factor = factor.to(weight.dtype)
+    with phase("round"):
+        # Turned and in order: what follows walks along columns, which lie apart in a weight.
+        turned = weight.T.contiguous()[order]
+        steps = scale.T.contiguous()
+        if group is not None:
+            steps = expand_groups(scale, weight.shape[1], group).T[order]
+        swept, reached = _sweep(turned, factor, steps, bits, block)
+        q = torch.empty_like(swept)
+        q[order] = swept
+        q = q.T.contiguous()
+        if exact:
+            step = expand_groups(scale, weight.shape[1], group)
+            reached = row_objective(weight, q * step, hessian)
+            worse = reached > row_objective(weight, nearest * step, hessian)
+        else:
+            reached -= added * _squares(torch.addcmul(turned, swept, steps, value=-1))
+            error = turned.addcmul_(nearest.T.contiguous()[order], steps, value=-1)
+            worse = _plain_is_better(error, factor, added, reached)
+    return torch.where(worse[:, None], nearest, q), scale
+
+
+def _ordered(hessian: Tensor, order: Tensor, reorder: bool, exact: bool, consume: bool) -> Tensor:
+    """The hessian with its channels in `order`, to be overwritten; symmetric where exact."""
+    if exact:
+        h = hessian.double()[order][:, order]
+        return (h + h.T) / 2
+    h = hessian if consume else hessian.clone()
+    return both_sides_(h, lambda rows: rows[:, order]) if reorder else h
+
+
+def _squares(turned: Tensor) -> Tensor:
+    """Squared length of each row of a weight [out], given as [in, out]."""
+    return turned.square().sum(0, dtype=torch.float64)
 
 
 def gptq_block(
@@ -176,10 +235,15 @@ def gptq_block(
     scale = weight_scales(weight, bits, group, grid, store=store)
     step = expand_groups(scale, weight.shape[1], group)
     parts = []
-    for start in range(0, weight.shape[1], block):
-        part = slice(start, min(start + block, weight.shape[1]))
-        parts.append(_sweep(weight[:, part], hessian[part, part], step[:, part], bits, damp, block))
-    return torch.cat(parts, dim=1).to(torch.int8), scale
+    with phase("round"):
+        for start in range(0, weight.shape[1], block):
+            part = slice(start, min(start + block, weight.shape[1]))
+            own = hessian[part, part].double()
+            factor, _ = _factored((own + own.T) / 2, damp)
+            turned, steps = weight[:, part].T.contiguous(), step[:, part].T.contiguous()
+            q, _ = _sweep(turned, factor.to(weight.dtype), steps, bits, block)
+            parts.append(q.T)
+    return torch.cat(parts, dim=1), scale
 
 
 def quantized_objective(weight: Tensor, q: Tensor, scale: Tensor, hessian: Tensor) -> float:

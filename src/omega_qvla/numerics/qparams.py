@@ -23,6 +23,7 @@ GRIDS: dict[Grid, tuple[float, ...]] = {
 }
 # A layer whose step is below this has no precise 16-bit float: better refused than distorted.
 SMALLEST_STORED_STEP = 2.0**-20
+_CACHED = 1 << 17  # numbers at a time: half a MiB in float32
 
 
 def qrange(bits: int) -> tuple[int, int]:
@@ -88,6 +89,16 @@ def weight_scales(
     blocks = split_groups(weight, group)
     absmax_scale = blocks.abs().amax(-1) / qrange(bits)[1]
     _check_storable(absmax_scale, store)
+    # Rows are independent; a few at a time stay in the processor's cache for all candidates.
+    rows = max(_CACHED // max(weight.shape[1], 1), 1)
+    parts = zip(torch.split(blocks, rows), torch.split(absmax_scale, rows), strict=True)
+    return torch.cat([_best_scales(part, scale, bits, grid, store) for part, scale in parts])
+
+
+def _best_scales(
+    blocks: Tensor, absmax_scale: Tensor, bits: int, grid: Grid, store: torch.dtype | None
+) -> Tensor:
+    """`weight_scales` of some rows: blocks [rows, n_groups, group], scales [rows, n_groups]."""
     best_scale = storable(absmax_scale, store)
     best_error = rounding_error(blocks, best_scale, bits)
     for fraction in GRIDS[grid]:

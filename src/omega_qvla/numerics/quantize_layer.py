@@ -16,12 +16,13 @@ from omega_qvla.numerics.activation import (
     step_group_scale,
     step_tensor_scale,
 )
-from omega_qvla.numerics.gptq import gptq, gptq_block
+from omega_qvla.numerics.gptq import EXACT_UP_TO, gptq, gptq_block
 from omega_qvla.numerics.hadamard import random_signs
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.low_rank import low_rank_split
 from omega_qvla.numerics.packing import pack_int4
 from omega_qvla.numerics.permutation import zigzag_permutation
+from omega_qvla.numerics.phases import phase
 from omega_qvla.numerics.qparams import check_weight, weight_scales
 from omega_qvla.numerics.rotation import (
     apply_output_rotation,
@@ -50,14 +51,18 @@ def quantize_layer(
     stats: LayerStats | None,
     num_steps: int | None,
     site_profile: Tensor | None = None,
+    *,
+    consume: bool = False,
 ) -> QuantizedLayer:
     """Quantize weight [out, in] (any float dtype) and bias [out] of layer `name` by `scheme`.
 
     stats: of the layer's raw inputs; None only for schemes that need none. num_steps: of the
     denoising loop that the layer runs in, None outside. site_profile [in]: `weight_profile` of
     all layers that read the same input, so that they get the same smoothing divisor and can
-    share one transformed input; None: of this layer alone. Computes in float32 (float64 where
-    decompositions need it) on the weight's device; the result stays there.
+    share one transformed input; None: of this layer alone. consume: the statistics are not
+    needed afterwards, and a large Hessian may be overwritten in place of a copy. Computes in
+    float32 (float64 where decompositions need it or sizes allow it) on the weight's device; the
+    result stays there.
 
     Raises:
         CalibrationError: statistics missing, of another layer, of a step left out, not finite.
@@ -71,7 +76,7 @@ def quantize_layer(
         weight = weight.detach().float()
         transform = build_transform(weight, scheme, stats, site_profile)
         output_rotation, a, b, rest = _to_round(weight, scheme, transform)
-        q, scale = round_to_grid(rest, scheme, stats, transform)
+        q, scale = round_to_grid(rest, scheme, stats, transform, consume)
         return QuantizedLayer(
             name=name,
             side=side,
@@ -148,28 +153,55 @@ def _to_round(
 
 
 def round_to_grid(
-    weight: Tensor, scheme: Scheme, stats: LayerStats | None, transform: InputTransform
+    weight: Tensor,
+    scheme: Scheme,
+    stats: LayerStats | None,
+    transform: InputTransform,
+    consume: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(q int8 [out, in], scale [out, groups]) of the transformed weight, by its method."""
     w = scheme.weight
     if w.method == "rtn" or stats is None:
-        scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF)
-        return round_weight(weight, scale, w.bits, w.group), scale
-    hessian = transform.hessian(stats.hessian.double())
+        with phase("scales"):
+            scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF)
+            return round_weight(weight, scale, w.bits, w.group), scale
+    with phase("factorize"):
+        hessian = transform.hessian_(_own_hessian(stats.hessian, consume))
     if w.method == "gptq_block":
         return gptq_block(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, store=HALF)
-    return gptq(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, w.act_order, store=HALF)
+    return gptq(
+        weight,
+        hessian,
+        w.bits,
+        w.group,
+        w.grid,
+        w.damp,
+        w.block,
+        w.act_order,
+        store=HALF,
+        consume=True,
+    )
+
+
+def _own_hessian(hessian: Tensor, consume: bool) -> Tensor:
+    """A Hessian that may be overwritten: in float64 where that is small."""
+    if len(hessian) <= EXACT_UP_TO:
+        return hessian.to(torch.float64, copy=True)
+    return hessian if consume else hessian.clone()
 
 
 def static_table(
     scheme: Scheme, stats: LayerStats | None, transform: InputTransform
 ) -> Tensor | None:
-    """Static activation scales f32 [steps, ...] from each step's transformed tokens."""
+    """Static activation scales f32 [steps, ...] from each step's transformed tokens.
+
+    A pooled scheme has one row, from the tokens of all steps, in every place.
+    """
     act = scheme.activation
     if stats is None or not act.static:
         return None
     rows = []
-    for tokens in stats.tokens:
+    for tokens in (torch.cat(stats.tokens),) if act.pooled else stats.tokens:
         x = transform.activations(tokens.float())
         if act.kind == "per_step_channel":
             rows.append(step_channel_scale(x, act.percentile, act.bits))
@@ -177,4 +209,4 @@ def static_table(
             rows.append(step_group_scale(x, act.group, act.bits))
         else:
             rows.append(step_tensor_scale(x, act.bits))
-    return torch.stack(rows)
+    return torch.stack(rows * len(stats.tokens) if act.pooled else rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError
+from omega_qvla.numerics.symmetric import all_finite
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LayerStats:
             )
         if tuple(self.profile.shape) != (in_features,):
             raise CalibrationError(f"layer {name}: profile of shape {tuple(self.profile.shape)}")
-        if not bool(torch.isfinite(self.hessian).all() and torch.isfinite(self.profile).all()):
+        if not (all_finite(self.hessian) and bool(torch.isfinite(self.profile).all())):
             raise CalibrationError(f"layer {name}: calibration statistics are not finite")
         steps = 1 if num_steps is None else num_steps
         if len(self.tokens) != steps:

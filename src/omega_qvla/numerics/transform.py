@@ -15,6 +15,7 @@ from omega_qvla.errors import NumericsError
 from omega_qvla.numerics.hadamard import full_hadamard, full_hadamard_t, fwht, fwht_t
 from omega_qvla.numerics.permutation import inverse_permutation
 from omega_qvla.numerics.rotation import apply_blocks, apply_blocks_t
+from omega_qvla.numerics.symmetric import both_sides_
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class InputTransform:
             weight = weight * self.smooth.to(weight.dtype)
         return self._permute_rotate(weight)
 
-    def hessian(self, hessian: Tensor) -> Tensor:
-        """X^T X / n -> X'^T X' / n: the transform from both sides, no token needed."""
-        return self.activations(self.activations(hessian).T)
+    def hessian_(self, hessian: Tensor) -> Tensor:
+        """X^T X / n -> X'^T X' / n in place: the transform from both sides, no token needed."""
+        return both_sides_(hessian, self.activations)
 
     def undo_weight(self, weight: Tensor) -> Tensor:
         """W' [out, in] -> the W whose product with the untransformed x is that of W' with x'.

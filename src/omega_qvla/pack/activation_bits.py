@@ -13,7 +13,7 @@ from omega_qvla.numerics.qparams import qrange
 def with_activation_bits(
     layers: Mapping[str, QuantizedLayer], bits: int
 ) -> dict[str, QuantizedLayer]:
-    """The same layers with inputs rounded to `bits` bits (4 or 8).
+    """The same layers with inputs rounded to `bits` bits (4, 6 or 8).
 
     Dynamic scales follow by themselves. A static scale per channel is a percentile over qmax
     and is moved to the new qmax. (GPTQ and smoothing were computed from unrounded inputs.)

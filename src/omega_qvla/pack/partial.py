@@ -76,10 +76,12 @@ class PartialBuild:
         """Keep a finished layer."""
         write_pack(self._files[layer.name], self._manifest, {layer.name: layer})
 
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """All layers. Raises PackError if a file is damaged or holds another layer."""
+    def layers(self, names: Sequence[str] | None = None) -> dict[str, QuantizedLayer]:
+        """Finished layers by name (default: all). Raises PackError if a file is damaged or
+        holds another layer."""
         result = {}
-        for name, path in self._files.items():
+        for name in self._files if names is None else names:
+            path = self._files[name]
             found = read_pack(path).layers
             if set(found) != {name}:
                 raise PackError(f"{path}: holds another layer than {name}; delete {self.path}")

@@ -75,6 +75,25 @@ class Site:
     coupled: tuple[str, ...] = ()
 
 
+#: `Stage.entry` of the first stage of an inference, and of one that begins with the sampling.
+START, SAMPLING = "start", "sampling"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the network that an inference runs at a stretch, and only then.
+
+    Stages follow one another; together they are the whole inference. `entry` is the module
+    whose call begins the stage, or START, or SAMPLING (between `encode` and `sample`). `parts`
+    are the modules that run in it. `blocks` are those among them that the denoising steps call
+    over and over, each with all that it needs as arguments, so that it can be run again alone.
+    """
+
+    entry: str
+    parts: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+
+
 class Policy(Protocol):
     """The contract of a policy. `Inputs` and `Prefix` are the family's own types.
 
@@ -164,6 +183,10 @@ class Policy(Protocol):
 
     def keep_conditioning(self) -> None:
         """Compute what the denoising steps need of the weights alone once and for all."""
+        ...
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the network in the order in which an inference runs them."""
         ...
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -169,23 +170,27 @@ def read_weights(
             for stored, name in sources.items():
                 if files[stored] != file:
                     continue
-                view = handle.get_slice(stored)
-                if view.get_dtype() not in _DTYPES:
-                    raise CheckpointError(
-                        f"{stored} is stored as {view.get_dtype()}: a quantized file? Give the "
-                        f"original weights ({', '.join(_DTYPES)})"
-                    )
-                shape = tuple(view.get_shape())
-                if shape != wanted[name]:
-                    raise CheckpointError(
-                        f"{stored} has shape {list(shape)}, config.json asks for "
-                        f"{list(wanted[name])}"
-                    )
+                check_stored(handle, stored, wanted[name])
                 tensor = _cast(handle.get_tensor(stored), name, layout, device, dtype)
                 if name in loaded and not torch.equal(loaded[name], tensor):
                     raise CheckpointError(f"{stored} and {name} are tied but differ")
                 loaded[name] = tensor
     model.load_state_dict(loaded, strict=True, assign=True)
+
+
+def check_stored(handle: Any, stored: str, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless an open file has `stored` in a float dtype and `shape`."""
+    view = handle.get_slice(stored)
+    if view.get_dtype() not in _DTYPES:
+        raise CheckpointError(
+            f"{stored} is stored as {view.get_dtype()}: a quantized file? Give the "
+            f"original weights ({', '.join(_DTYPES)})"
+        )
+    found = tuple(view.get_shape())
+    if found != shape:
+        raise CheckpointError(
+            f"{stored} has shape {list(found)}, config.json asks for {list(shape)}"
+        )
 
 
 def _cast(
@@ -215,6 +220,22 @@ def _resolve_names(
             + "; ".join(faults)
         )
     return sources
+
+
+def network_names(files: Mapping[str, Path], layout: Layout, model: nn.Module) -> dict[str, str]:
+    """Name in the file -> name in the network, strictly (a tie may be stored under both).
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, of a wrong shape or dtype.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = _resolve_names(files, layout, wanted)
+    for file in sorted({files[stored] for stored in names}):
+        with safe_open(file, framework="pt") as handle:
+            for stored, name in names.items():
+                if files[stored] == file:
+                    check_stored(handle, stored, wanted[name])
+    return names
 
 
 def stored_names(files: Mapping[str, Path], layout: Layout, model: nn.Module) -> dict[str, str]:

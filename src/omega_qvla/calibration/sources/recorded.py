@@ -54,7 +54,7 @@ class RecordedFolder:
     `task` and `step` (int [n], 0 to n-1 otherwise). In safetensors the words are metadata, n
     prompts as a JSON list. Files of observations that omega-qvla wrote fit as well.
     An episode without a number gets the number at the end of its file's name, or else the
-    file's place in the sorted folder.
+    file's place in the sorted folder. Files may lie in sub-folders.
 
     Attributes:
         meta: every step of every file, in the order of the names. source: in words.
@@ -89,7 +89,7 @@ class RecordedFolder:
             CalibrationError: no such files, one that is damaged, or a camera that is missing.
         """
         root = Path(path).resolve()
-        files = sorted(f for f in root.iterdir() if f.suffix in SUFFIXES) if root.is_dir() else []
+        files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES) if root.is_dir() else []
         if not files:
             raise CalibrationError(f"{root}: no folder with {' or '.join(SUFFIXES)} files")
         recordings = [_announce(file, place) for place, file in enumerate(files)]

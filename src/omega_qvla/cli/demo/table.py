@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omega_qvla.cli.comparison.plan import Comparison
+from omega_qvla.cli.comparison.table import FAMILY_NAMES, VARIANT_NAMES
 from omega_qvla.cli.console import Console
-from omega_qvla.cli.demo.plan import OUTLIERS, PLAIN, DemoPlan
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.evaluation.records import REFERENCE
 
@@ -17,8 +18,6 @@ ARM_NAMES = {
     "omega-paper": "omega-paper",
     "omega": "omega",
 }
-FAMILY_NAMES = {"pi05": "π0.5 architecture", "groot_n15": "GR00T N1.5 architecture"}
-VARIANT_NAMES = {PLAIN: "as trained", OUTLIERS: "outlier channels"}
 _KEYS = ("episodes", "success", "interval", "cosine", "layer_bytes", "layer_bytes_16bit")
 
 
@@ -34,7 +33,7 @@ def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show_table(
-    plan: DemoPlan,
+    plan: Comparison,
     summary: Mapping[str, Any],
     report: Path,
     seconds: Mapping[str, float],

@@ -18,13 +18,21 @@ _FLOOR = 1e-6
 
 
 def success_bars(data: ReportData) -> str:
-    """Success with Wilson intervals: one panel per family and variant, one bar per arm."""
-    groups = _groups(data)
+    """Success with Wilson intervals: one panel per family and variant, one bar per arm.
+
+    "" where no episode was played.
+    """
+    groups = [
+        (row, column, family, variant, {arm: v for arm, v in arms.items() if "success" in v})
+        for row, column, family, variant, arms in _groups(data)
+    ]
+    most = max(len(group[-1]) for group in groups)
+    if not most:
+        return ""
     columns = max(len(variants) for variants in data.summary.values())
     rows = len(data.summary)
-    labels = data.arm_labels()
     colours = _colours(data)
-    with figure(9.6, 0.5 + rows * (0.75 + 0.3 * len(labels)), nrows=rows, ncols=columns) as (
+    with figure(9.6, 0.5 + rows * (0.75 + 0.3 * most), nrows=rows, ncols=columns) as (
         made,
         axes,
     ):

@@ -48,17 +48,20 @@ def headline_table(data: ReportData) -> str:
     for family, variants in data.summary.items():
         for variant, arms in variants.items():
             name = escape(data.group_name(family, variant))
-            episodes = max(values["episodes"] for values in arms.values())
+            episodes = max(values.get("episodes", 0) for values in arms.values())
+            words = f"{episodes} episodes per arm" if episodes else "drift alone"
             body.append(
-                f'<tr class="group"><th colspan="9">{name} '
-                f"<small>{episodes} episodes per arm</small></th></tr>"
+                f'<tr class="group"><th colspan="9">{name} <small>{words}</small></th></tr>'
             )
             body += [_arm_row(data, arm, values, colours[arm]) for arm, values in arms.items()]
     return f'<div class="scroll"><table>{head}{"".join(body)}</table></div>'
 
 
 def _arm_row(data: ReportData, arm: str, values: Mapping[str, Any], colour: str) -> str:
-    low, high = values["interval"]
+    success = rates = _DASH
+    if "success" in values:
+        success = f"<b>{100 * values['success']:.0f}%</b>"
+        rates = "{:.0f}–{:.0f}%".format(*(100 * bound for bound in values["interval"]))
     paired, cosine = values.get("paired"), values.get("cosine")
     difference = p = _DASH
     if paired:
@@ -72,8 +75,8 @@ def _arm_row(data: ReportData, arm: str, values: Mapping[str, Any], colour: str)
     cells = [
         f'<th scope="row"><i class="dot" style="background: var(--{colour})"></i>'
         f"{escape(arm)}</th>",
-        f"<b>{100 * values['success']:.0f}%</b>",
-        f"{100 * low:.0f}–{100 * high:.0f}%",
+        success,
+        rates,
         difference,
         p,
         _cosine(cosine["median"]) if measured and cosine else _DASH,
@@ -89,18 +92,20 @@ def task_table(data: ReportData) -> str:
     labels = [
         label
         for label in data.arm_labels()
-        if any(label in arms for v in data.summary.values() for arms in v.values())
+        if any("tasks" in arms.get(label, ()) for v in data.summary.values() for arms in v.values())
     ]
+    if not labels:
+        return ""
     head = "".join(f"<th>{escape(label)}</th>" for label in labels)
     body = []
     for family, variants in data.summary.items():
         for variant, arms in variants.items():
             name = escape(data.group_name(family, variant))
             body.append(f'<tr class="group"><th colspan="{len(labels) + 1}">{name}</th></tr>')
-            tasks = sorted({task for values in arms.values() for task in values["tasks"]})
+            tasks = sorted({task for values in arms.values() for task in values.get("tasks", ())})
             for task in tasks:
                 cells = "".join(
-                    f"<td>{_count(arms[label]['tasks'].get(task)) if label in arms else _DASH}</td>"
+                    f"<td>{_count(arms.get(label, {}).get('tasks', {}).get(task))}</td>"
                     for label in labels
                 )
                 body.append(f'<tr><th scope="row">{escape(task)}</th>{cells}</tr>')
@@ -122,6 +127,8 @@ def paired_table(data: ReportData) -> str:
                         f'<tr><th scope="row">{escape(data.group_name(family, variant))}</th>'
                         f'<td class="text">{escape(arm)}</td>{cells}<td>{paired["p"]:.3g}</td></tr>'
                     )
+    if not body:
+        return ""
     head = (
         "<tr><th>policy</th><th>arm</th><th>both<br>succeed</th><th>only full<br>precision</th>"
         "<th>only<br>this arm</th><th>neither</th><th>p (McNemar, exact)</th></tr>"

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.base import Heads, PolicyBase, Producer, Side, Site, check_side
+from omega_qvla.policies.base import (
+    START,
+    Heads,
+    PolicyBase,
+    Producer,
+    Side,
+    Site,
+    Stage,
+    check_side,
+)
 from omega_qvla.policies.groot_n15.action_head import Prefix
 from omega_qvla.policies.groot_n15.model import GrootModel
 from omega_qvla.policies.groot_n15.processor import GrootInputs, GrootProcessor
@@ -103,6 +112,23 @@ class GrootPolicy(PolicyBase):
 
     def sites(self) -> tuple[Site, ...]:
         return (*self._language_sites(), *self._dit_sites())
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The head's own encoding of the features belongs to the last stage: its key and value
+        layers are parts of the blocks that the denoising steps run."""
+        eagle, config = "backbone.eagle_model", self.model.config
+        layers = [f"{_LANGUAGE}.layers.{i}" for i in range(config.backbone.select_layer)]
+        after = (f"{_LANGUAGE}.norm", "backbone.eagle_linear", "action_head")
+        count = len(self.model.action_head.model.transformer_blocks)
+        return (
+            Stage(START, (f"{eagle}.vision_model", f"{eagle}.mlp1", f"{_LANGUAGE}.embed_tokens")),
+            *(Stage(layer, (layer,)) for layer in layers),
+            Stage(
+                f"{_LANGUAGE}.norm",
+                after,
+                tuple(f"{_DIT}.transformer_blocks.{i}" for i in range(count)),
+            ),
+        )
 
     def _language_sites(self) -> list[Site]:
         text = self.model.config.eagle.text

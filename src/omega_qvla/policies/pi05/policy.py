@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omega_qvla.policies.base import Heads, PolicyBase, Producer, Side, Site, check_side
+from omega_qvla.policies.base import (
+    SAMPLING,
+    START,
+    Heads,
+    PolicyBase,
+    Producer,
+    Side,
+    Site,
+    Stage,
+    check_side,
+)
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.pi05.config import GemmaConfig
 from omega_qvla.policies.pi05.model import Pi05Model, Prefix
@@ -104,6 +114,18 @@ class Pi05Policy(PolicyBase):
         config = self.model.config
         backbone = _gemma_sites(_LANGUAGE, config.vlm, adaptive=False, other=_EXPERT)
         return backbone + _gemma_sites(_EXPERT, config.expert, adaptive=True, other=None)
+
+    def stages(self) -> tuple[Stage, ...]:
+        config, model = self.model.config, f"{_BACKBONE}.model"
+        before = (f"{model}.vision_tower", f"{model}.multi_modal_projector")
+        layers = [f"{_LANGUAGE}.layers.{i}" for i in range(config.vlm.depth)]
+        head = (_EXPERT, "action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")
+        blocks = tuple(f"{_EXPERT}.layers.{i}" for i in range(config.expert.depth))
+        return (
+            Stage(START, (*before, f"{_LANGUAGE}.embed_tokens")),
+            *(Stage(layer, (layer,)) for layer in layers),
+            Stage(SAMPLING, head, blocks),
+        )
 
 
 def _gemma_sites(
