@@ -38,3 +38,4 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"

@@ -58,11 +58,12 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_avx512vnni() {
-    static const Isa isa = make_isa("avx512-vnni");
+    static const Isa isa = make_isa("avx512-vnni", row_fns);
     return &isa;
 }
 

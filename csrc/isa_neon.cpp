@@ -59,11 +59,12 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_neon() {
-    static const Isa isa = make_isa("neon-dotprod");
+    static const Isa isa = make_isa("neon-dotprod", row_fns);
     return &isa;
 }
 

@@ -47,11 +47,12 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_portable() {
-    static const Isa isa = make_isa("portable");
+    static const Isa isa = make_isa("portable", row_fns);
     return &isa;
 }
 

@@ -16,6 +16,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffer.hpp"
+#include "rows.hpp"
+
 namespace omega {
 
 constexpr int kPanel = 16;     // outputs of a panel
@@ -116,6 +119,7 @@ struct Isa {
     TileFn tile[kModes][2][kMaxRows + 1];  // [mode][wide][rows]
     PrologueFn prologue;
     long (*peak)(int rounds);  // byte products in registers alone: returns how many it did
+    const RowFns* rows;
 };
 
 // The tables, fastest first; null where this binary or this CPU lacks one.

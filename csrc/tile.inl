@@ -188,7 +188,7 @@ void fill_tiles(Isa& isa) {
     }
 }
 
-inline Isa make_isa(const char* name) {
+inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
     isa.max_rows = Vec::max_rows;
@@ -201,5 +201,6 @@ inline Isa make_isa(const char* name) {
     fill_tiles<3, Vec::max_rows>(isa);
     isa.prologue = &prologue_tile;
     isa.peak = &peak_products;
+    isa.rows = &rows;
     return isa;
 }

@@ -186,6 +186,10 @@ class Policy(Protocol):
         """Where quantized layers share an input, and what produces it."""
         ...
 
+    def keep_conditioning(self) -> None:
+        """Compute what the denoising steps need of the weights alone once and for all."""
+        ...
+
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the network in the order in which an inference runs them."""
         ...
