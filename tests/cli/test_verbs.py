@@ -255,7 +255,25 @@ def test_bench_times_every_arm(place: Path, run: Run) -> None:
     for stages in arms.values():
         assert set(stages) == {"vision", "prefix", "step", "chunk"}
         assert 0 < stages["step"]["p50"] < stages["chunk"]["p50"] <= stages["chunk"]["p95"]
-<<<<<<< HEAD
+        assert stages["vision"]["p50"] > 0 and stages["prefix"]["p50"] > 0
+    # Every quantized layer is in one of the kinds, with the times of every arm.
+    quantized = 2 * 7 * 2 - 5  # two stacks of two blocks, less what inference never runs
+    counted = sum(kind["count"] * len(kind["name"].split(" + ")) for kind in data["layers"])
+    assert counted == quantized
+    assert all(set(kind["ms"]) == set(arms) for kind in data["layers"])
+    memory = {row["arm"]: row["bytes"] for row in data["memory"]}
+    assert set(memory) == {"fp32", "control", "emulated", "auto"} or not memory
+    for peaks in memory.values():
+        assert 0 < peaks["base"] < peaks["load"] and peaks["base"] < peaks["run"]
+
+
+def test_bench_leaves_out_what_it_is_told_to(place: Path, run: Run) -> None:
+    source = ["--observations", place / "observations.safetensors", "--threads", 1]
+    words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 1]
+    code, data = run(
+        "bench", *words, "--no-bf16", "--no-layers", "--no-memory", "--backends", "auto"
+    )
+    assert code == 0 and not data["layers"] and not data["memory"] and len(data["results"]) == 3
 
 
 def test_inspect_diagnoses_layers(place: Path, run: Run, tmp_path: Path) -> None:
@@ -283,24 +301,3 @@ def test_inspect_of_layers_needs_something_to_run(
     assert "--checkpoint" in capsys.readouterr().err
     assert main([*words, "--checkpoint", f"{place}/checkpoint"]) == 2
     assert "--observations PATH" in capsys.readouterr().err
-=======
-        assert stages["vision"]["p50"] > 0 and stages["prefix"]["p50"] > 0
-    # Every quantized layer is in one of the kinds, with the times of every arm.
-    quantized = 2 * 7 * 2 - 5  # two stacks of two blocks, less what inference never runs
-    counted = sum(kind["count"] * len(kind["name"].split(" + ")) for kind in data["layers"])
-    assert counted == quantized
-    assert all(set(kind["ms"]) == set(arms) for kind in data["layers"])
-    memory = {row["arm"]: row["bytes"] for row in data["memory"]}
-    assert set(memory) == {"fp32", "control", "emulated", "auto"} or not memory
-    for peaks in memory.values():
-        assert 0 < peaks["base"] < peaks["load"] and peaks["base"] < peaks["run"]
-
-
-def test_bench_leaves_out_what_it_is_told_to(place: Path, run: Run) -> None:
-    source = ["--observations", place / "observations.safetensors", "--threads", 1]
-    words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 1]
-    code, data = run(
-        "bench", *words, "--no-bf16", "--no-layers", "--no-memory", "--backends", "auto"
-    )
-    assert code == 0 and not data["layers"] and not data["memory"] and len(data["results"]) == 3
->>>>>>> e2e
