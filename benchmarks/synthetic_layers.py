@@ -3,10 +3,11 @@
 Omega-QVLA's authors give, per layer, the error of the inputs (NMSE) at 4 bits with one static
 scale per channel (99.9th percentile), raw, after the SVD rotation and after SVD·Hadamard. No
 real activations are at hand; a layer here is drawn from a handful of parameters that were fitted
-to reproduce those three numbers (`benchmarks/layers.py --fit`). What the parameters stand for
-is what is known of such activations: channels of very different size, elements with heavy
-tails, a constant part (the shift of an adaptive norm), and *massive tokens*: a few tokens with
-one or two channels thousands of times larger than all others.
+to reproduce those three numbers (by a random search with penalties on the channel ratios; the
+parameters found are in synthetic_layers.json). What the parameters stand for is what is known of
+such activations: channels of very different size, elements with heavy tails, a constant part
+(the shift of an adaptive norm), and *massive tokens*: a few tokens with one or two channels
+thousands of times larger than all others.
 """
 
 from __future__ import annotations
