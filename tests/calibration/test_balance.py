@@ -85,16 +85,16 @@ def test_logits_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> N
     attention = policy.module.get_submodule(name.rpartition(".")[0])
     seen: list[Tensor] = []
     running: list[bool] = []
-    original = blocks.attend
+    original = blocks.attend_heads
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, fast: bool) -> Tensor:
         if running:
+            running.clear()
             seen.append((q @ k.mT * q.shape[-1] ** -0.5).flatten(2).std(2, correction=0)[0])
-        return original(q, k, v, mask)
+        return original(q, k, v, *rest, fast=fast)
 
-    monkeypatch.setattr(blocks, "attend", attend)
-    attention.register_forward_pre_hook(lambda *_: running.append(True))
-    attention.register_forward_hook(lambda *_: running.clear())
+    monkeypatch.setattr(blocks, "attend_heads", attend)
+    attention.to_q.register_forward_hook(lambda *_: running.append(True))
     measured = _measure(policy, tiny_samples(2), {name: layer_of(policy, name, "temperature")}, 0)
     assert len(seen) == 2 * policy.num_steps
     torch.testing.assert_close(

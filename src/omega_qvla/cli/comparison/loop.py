@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,10 +12,9 @@ from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
 from omega_qvla.envs.metaworld import eval_seeds
 from omega_qvla.evaluation.executor import load_trace, run_evaluation, trace_path
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.plan import Plan, episodes
 from omega_qvla.evaluation.records import REFERENCE, Arm, ArmKey, Episode, EpisodeRecord, Trace
-from omega_qvla.evaluation.results import read_results
+from omega_qvla.evaluation.results import read_results, write_results
 
 _EVERY_S = 15.0
 
@@ -123,9 +121,12 @@ def forget_episodes(path: Path, labels: Iterable[str]) -> None:
     header["arms"] = {
         name: value for name, value in header["arms"].items() if name.split("/")[-1] not in dropped
     }
-    with replace_file(path) as stream:
-        for entry in [header, *(r.to_dict() for r in records if r.arm not in dropped)]:
-            stream.write((json.dumps(entry, allow_nan=False) + "\n").encode())
+    played = header.get("plan", {}).get("arms", [])
+    header["plan"] = {
+        **header.get("plan", {}),
+        "arms": [arm for arm in played if arm["label"] not in dropped],
+    }
+    write_results(path, header, [record for record in records if record.arm not in dropped])
 
 
 def _has_header(path: Path) -> bool:
