@@ -2,14 +2,18 @@
 
 import threading
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from omega_qvla.calibration.sources import ObservationMap, RecordedFolder
 from omega_qvla.errors import ActionError, BackendError, EvaluationError
 from omega_qvla.evaluation.remote import RemotePolicy
 from omega_qvla.policies.observation import Observation
 from omega_qvla.runtime import wire
+from omega_qvla.runtime.recorder import Recorder
 from omega_qvla.serving.server import PolicyServer, describe
 from policies.tiny import tiny_observation, tiny_pi05
 
@@ -155,3 +159,27 @@ def test_a_lost_server_is_named_and_a_restarted_one_goes_on():
         remote.infer(look())
     with pytest.raises(EvaluationError, match=r"no policy server at ws.*omega-qvla serve"):
         remote.infer(look())
+
+
+def test_a_server_records_what_it_answered_an_episode_per_client(tmp_path: Path) -> None:
+    policy = tiny_pi05(num_steps=2)
+    answers = []
+    with (
+        Recorder(tmp_path / "r") as recorder,
+        PolicyServer(policy, port=0, recorder=recorder).background() as port,
+    ):
+        for count in (3, 2):
+            remote = RemotePolicy(address(port))
+            for step in range(count):
+                answers.append(remote.infer(tiny_observation(step), seed=step))
+            with pytest.raises(EvaluationError):  # not answered, so not recorded
+                remote.infer(look(), seed=0)
+            remote.close()
+    assert recorder.report().lost == 0
+    source = RecordedFolder.open(tmp_path / "r", policy.cameras, ObservationMap({}))
+    assert [(m.episode, m.step) for m in source.meta] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    for found, step in zip(source.take(range(5)), (0, 1, 2, 0, 1), strict=True):
+        for camera, image in tiny_observation(step).images.items():
+            np.testing.assert_array_equal(found.images[camera], image)
+    kept = [load_file(path)["actions"] for path in sorted((tmp_path / "r").glob("*.safetensors"))]
+    np.testing.assert_array_equal(np.concatenate(kept), np.stack(answers))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.loading import add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import add_backend, add_checkpoint, at_least
+
+if TYPE_CHECKING:
+    from omega_qvla.runtime.recorder import Recorder
 
 DESCRIPTION = """\
 Serve a checkpoint, with a pack if one is given, over openpi's websocket protocol: its
@@ -18,6 +23,7 @@ There is no authentication: the default is to listen to this machine only.
 """
 EXAMPLES = """\
   omega-qvla serve CHECKPOINT --pack omega.safetensors --port 8000
+  omega-qvla serve CHECKPOINT --record recorded/   # then: calibrate --observations recorded/
 """
 
 
@@ -31,6 +37,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=at_least(0), default=8000, help="0: a free one (default: 8000)"
     )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="DIR",
+        help="keep what clients sent and what they were answered there, for `calibrate`, "
+        "`quantize` and `compare --observations DIR`; the oldest make room beyond 4 GiB",
+    )
     add_pack_options(parser)
     add_backend(parser)
 
@@ -42,6 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.evaluation.policies import arm_fingerprint
     from omega_qvla.evaluation.records import Arm
     from omega_qvla.runtime.engine import Engine
+    from omega_qvla.runtime.recorder import Recorder
     from omega_qvla.serving.server import PolicyServer, describe
 
     options = loading(args)
@@ -58,10 +72,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
     pack = None if args.pack is None else str(args.pack)
     arm = Arm("served", str(path), engine.policy.family, pack=pack, device=args.device)
     metadata = describe(engine.policy, engine.backend, arm_fingerprint(arm, "", {}))
-    server = PolicyServer(engine.policy, metadata, args.host, args.port)
-    server.serve_forever(
-        lambda port: console.note(
-            f"serving {args.checkpoint} ({engine.backend}) on ws://{args.host}:{port}"
+    with ExitStack() as stack:
+        recorder = None
+        if args.record is not None:
+            recorder = stack.enter_context(Recorder(args.record))
+            stack.callback(_tell, recorder, console)
+        server = PolicyServer(engine.policy, metadata, args.host, args.port, recorder)
+        server.serve_forever(
+            lambda port: console.note(
+                f"serving {args.checkpoint} ({engine.backend}) on ws://{args.host}:{port}"
+            )
         )
-    )
     return 0
+
+
+def _tell(recorder: Recorder, console: Console) -> None:
+    """Say what became of the recordings."""
+    found = recorder.close()
+    console.note(f"{recorder.folder}: {found.written} observations recorded, {found.lost} lost")
+    if found.last_error:
+        console.note(f"the last one that was lost: {found.last_error}")

@@ -22,6 +22,7 @@ from omega_qvla.errors import BackendError, ObservationError, OmegaError
 from omega_qvla.policies.base import check_actions
 from omega_qvla.policies.observation import Observation
 from omega_qvla.runtime import wire
+from omega_qvla.runtime.recorder import Recorder
 
 #: Two cameras of 1080p and some: more than that is a mistake, or an attack.
 MAX_MESSAGE_BYTES = 32 * 2**20
@@ -54,6 +55,7 @@ class PolicyServer:
         metadata: Mapping[str, Any] | None = None,
         host: str = "127.0.0.1",
         port: int = 8000,
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
@@ -61,8 +63,11 @@ class PolicyServer:
             host: interface to listen on. Nobody is asked who they are: anything but this
                 machine's own (the default) belongs behind something that does.
             port: 0 takes a free one.
+            recorder: keeps every observation that was answered and its chunk; each connection
+                begins an episode. It never holds up an answer. Who gives it closes it.
         """
         self._policy, self._host, self._port = policy, host, port
+        self._recorder = recorder
         self._metadata = {**(metadata or {}), wire.SEEDED: True}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
@@ -126,6 +131,8 @@ class PolicyServer:
 
     async def _handle(self, connection: Any) -> None:
         closed = wire.import_websockets("exceptions").ConnectionClosed
+        if self._recorder is not None:
+            self._recorder.begin()
         try:
             await connection.send(wire.pack(self._metadata))
             async for data in connection:
@@ -153,6 +160,8 @@ class PolicyServer:
         )
         check_actions(actions)  # whatever the policy is: nothing else leaves
         elapsed = 1000 * (time.perf_counter() - begin)
+        if self._recorder is not None:
+            self._recorder.record(observation, actions)
         return wire.pack({wire.ACTIONS: actions, "server_timing": {"infer_ms": elapsed}})
 
 
