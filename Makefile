@@ -1,11 +1,14 @@
 # `make help` lists the targets. Each one that needs it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo test test-slow conformance lint format clean
+.PHONY: help setup gl demo comparison test test-slow conformance lint format clean
 
 PY := .venv/bin/python
 # Where `make demo` writes, and more options for it: make demo DEMO="--episodes 20"
 OUT ?= runs/demo
 DEMO ?=
+# Where `make comparison` keeps its records, and what can be made again
+RECORDS ?= docs/results
+WORK ?= runs/comparison
 # Test processes, and more options for pytest: make test PYTEST="-k pack"
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 PYTEST ?=
@@ -26,6 +29,27 @@ gl: setup
 
 demo: gl ## Quantize both bundled policies, run them in the simulator, write a report
 	@.venv/bin/omega-qvla demo --out "$(OUT)" $(DEMO)
+
+# Everything in docs/comparison.md. The emulated backend gives the same numbers on every machine.
+COMPARE = .venv/bin/omega-qvla compare --checkpoint assets/pi05-metaworld \
+	--checkpoint assets/groot-n15-metaworld --outliers --backend emulated --work "$(WORK)"
+
+comparison: gl ## Build, measure and play all baselines and ablations (hours; goes on where it was)
+	@$(COMPARE) --recipes presets --episodes 0 --out "$(RECORDS)/comparison"
+	@$(COMPARE) --recipes rtn --recipes ablations --episodes 0 --out "$(RECORDS)/ablations"
+	@$(COMPARE) --recipes presets --episodes 20 --out "$(RECORDS)/comparison"
+	@set -e; for name in pi05 groot_n15; do \
+	    cell="$(WORK)/$$name/outliers"; seen="$(WORK)/observations"; \
+	    [ -f "$(RECORDS)/layers/$$name/layers.json" ] || .venv/bin/omega-qvla inspect \
+	        "$$cell/omega.safetensors" --layers --checkpoint "$$cell/checkpoint" \
+	        --observations "$$seen/held-out.safetensors" --num-samples 24 \
+	        --backend emulated --out "$(RECORDS)/layers/$$name"; \
+	    [ -f "$(RECORDS)/open-loop/$$name/open-loop.json" ] || .venv/bin/omega-qvla compare \
+	        --checkpoint "$$cell/checkpoint" --observations "$$seen/calibration.safetensors" \
+	        --pack rtn="$$cell/rtn.safetensors" --pack omega-paper="$$cell/omega-paper.safetensors" \
+	        --pack omega="$$cell/omega.safetensors" --episode 200001 --episode-task drawer-open \
+	        --backend emulated --out "$(RECORDS)/open-loop/$$name"; \
+	done
 
 test: gl ## Run the tests (all but the slow ones)
 	@$(RUN_TESTS) -m "not slow" $(PYTEST)

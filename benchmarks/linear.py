@@ -4,9 +4,12 @@
     python benchmarks/linear.py --shapes 10,2048,16384 50,1024,4096 --threads 1
 
 Whole layers: float32 in and out, smoothing, rotation, scale search and rounding included.
-Arms take turns, round after round, each for at least a millisecond; medians, and the spread
-between the quartiles. `--cold` empties the caches before each call, as the rest of a large
-policy does. Peers that are not installed are named: pip install onnx onnxruntime openvino.
+Arms take turns, round after round: each runs until its weights are back in the caches, then for
+at least two milliseconds; medians, and the spread between the quartiles. `--cold` empties the
+caches before each call instead, as the rest of a large policy does. The control is a loop of
+products in registers: what the integer units of one core can do at most. Peers that are not
+installed are named: pip install onnx onnxruntime openvino.
+`--merge` puts the results of several runs (other shapes or thread counts) into one file.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 from omega_qvla.config.presets import preset
 from omega_qvla.config.recipe import ActivationScheme, Rotation, Scheme, Smoothing, WeightScheme
 from omega_qvla.evaluation.environment import environment
+from omega_qvla.kernels import _native
 from omega_qvla.kernels.registry import resolve_backend
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.packing import pack_int4
@@ -39,16 +43,19 @@ SHAPES = (
 )  # fmt: skip
 MAIN = "native omega"
 BASE = "torch fp32"
-_SAMPLE = 1e-3  # seconds of calls in one sample
+_SAMPLE = 2e-3  # seconds of calls in one sample
+_WARM = 4e-3  # seconds of calls before it: other arms' weights have to leave the caches
 _REST = 5e-3  # seconds between samples: other runtimes' threads spin after their work
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: median, and half the distance of the quartiles over the median."""
+    """Milliseconds a call: median, half the distance of the quartiles over the median, and the
+    least, which a busy machine disturbs least."""
 
     median: float
     spread: float
+    least: float
 
 
 def schemes() -> dict[str, Scheme]:
@@ -58,6 +65,10 @@ def schemes() -> dict[str, Scheme]:
     assert side is not None and eight is not None
     return {
         MAIN: side.scheme,
+        "native groups 128": Scheme(
+            Rotation("hadamard"), WeightScheme(),
+            ActivationScheme("per_token_group", group=128, clip=0.95), Smoothing(),
+        ),
         "native w4a8": eight.scheme,
         "native per token": Scheme(
             Rotation("hadamard"), WeightScheme(), ActivationScheme("per_token", clip=0.9),
@@ -112,9 +123,17 @@ def build(p: Problem) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     return calls, missing
 
 
+def warm_up(call: Callable[[], Any]) -> None:
+    """Calls until the caches hold what this arm reads."""
+    until = time.perf_counter() + _WARM
+    call()
+    while time.perf_counter() < until:
+        call()
+
+
 def repeats(call: Callable[[], Any]) -> int:
     """Calls in one sample."""
-    call()
+    warm_up(call)
     start = time.perf_counter()
     call()
     return max(1, math.ceil(_SAMPLE / max(time.perf_counter() - start, 1e-7)))
@@ -132,7 +151,7 @@ def alternate(
             if flush:
                 flush()
             else:
-                call()
+                warm_up(call)
             start = time.perf_counter()
             for _ in range(counts[name]):
                 call()
@@ -143,9 +162,9 @@ def alternate(
 def _timing(values: list[float]) -> Timing:
     median = statistics.median(values)
     if len(values) < 4:
-        return Timing(median, 0.0)
+        return Timing(median, 0.0, min(values))
     low, _, high = statistics.quantiles(values, n=4)
-    return Timing(median, (high - low) / 2 / median)
+    return Timing(median, (high - low) / 2 / median, min(values))
 
 
 def flusher() -> Callable[[], Any]:
@@ -154,10 +173,10 @@ def flusher() -> Callable[[], Any]:
     return lambda: memory.add_(1.0)
 
 
-def compare(timings: dict[str, Timing]) -> dict[str, Any]:
+def compare(ms: dict[str, float]) -> dict[str, Any]:
     """What the bars are about: ours against fp32, the best peer and every 4-bit peer."""
-    ours = timings[MAIN].median
-    peers = {p.name: timings[p.name].median for p in PEERS if p.name in timings}
+    ours = ms[MAIN]
+    peers = {p.name: ms[p.name] for p in PEERS if p.name in ms}
     four = {p.name: peers[p.name] / ours for p in PEERS if p.bits == 4 and p.name in peers}
     best = min(peers, key=peers.__getitem__)
     return {
@@ -176,6 +195,8 @@ def geometric_mean(values: list[float]) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All shapes and thread counts; prints each as it is done."""
     rows: list[dict[str, Any]] = []
+    peak = _native.peak_rate()
+    print(f"control, products in registers: {peak:.0f} G/s on one core")
     flush = flusher() if args.cold else None
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -183,7 +204,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with torch.inference_mode():
                 calls, missing = build(problem(shape, threads))
                 timings = alternate(calls, args.rounds, flush)
-            row = {"shape": shape, "threads": threads, "missing": missing, **compare(timings)}
+            row = {"shape": shape, "threads": threads, "missing": missing}
+            row |= compare({name: timing.median for name, timing in timings.items()})
+            row["by_least"] = compare({name: timing.least for name, timing in timings.items()})
             row["ms"] = {name: asdict(timing) for name, timing in timings.items()}
             rows.append(row)
             _print(row)
@@ -193,6 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "load": os.getloadavg(),
         "cold": args.cold,
         "rounds": args.rounds,
+        "peak": peak,
         "summary": summary,
         "rows": rows,
     }
@@ -200,33 +224,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _summary(threads: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     mine = [row for row in rows if row["threads"] == threads]
-    result = {
-        "threads": threads,
+    return {"threads": threads, **_means(mine), "by_least": _means([r["by_least"] for r in mine])}
+
+
+def _means(mine: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "over_fp32": geometric_mean([row["over_fp32"] for row in mine]),
         "over_best": geometric_mean([row["over_best"] for row in mine]),
         "least_over_4bit": min(
             (ratio for row in mine for ratio in row["over_4bit"].values()), default=None
         ),
     }
-    print(
-        f"{threads} thread(s), geometric means: {result['over_fp32']:.2f}x torch fp32, "
-        f"{result['over_best']:.2f}x the best peer; least over a 4-bit peer: "
-        + ("no such peer" if result["least_over_4bit"] is None else
-           f"{result['least_over_4bit']:.2f}x")
-    )  # fmt: skip
-    return result
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    for label, means in (("medians", summary), ("least times", summary["by_least"])):
+        least = means["least_over_4bit"]
+        print(
+            f"{summary['threads']} thread(s), geometric means of {label}: "
+            f"{means['over_fp32']:.2f}x torch fp32, {means['over_best']:.2f}x the best peer; "
+            "least over a 4-bit peer: " + ("no such peer" if least is None else f"{least:.2f}x")
+        )
 
 
 def _print(row: dict[str, Any]) -> None:
     m, k, n = row["shape"]
     print(
         f"({m}, {k}, {n}), {row['threads']} thread(s): {row['over_fp32']:.2f}x torch fp32, "
-        f"{row['over_best']:.2f}x the best peer ({row['best_peer']})"
+        f"{row['over_best']:.2f}x the best peer ({row['best_peer']}); by the least times "
+        f"{row['by_least']['over_fp32']:.2f}x, {row['by_least']['over_best']:.2f}x"
     )
     for name, timing in sorted(row["ms"].items(), key=lambda item: item[1]["median"]):
         rate = 2e-6 * m * k * n / timing["median"]
         spread = f"±{100 * timing['spread']:.0f}%"
-        print(f"    {name:17}{timing['median']:10.3f} ms {spread:>5}{rate:8.0f} G/s")
+        print(
+            f"    {name:17}{timing['median']:10.3f} ms {spread:>5}{rate:8.0f} G/s"
+            f"{timing['least']:10.3f} ms at least"
+        )
     for name, why in row["missing"].items():
         print(f"    {name:17}   missing: {why}")
 
@@ -246,14 +280,27 @@ def arguments() -> argparse.Namespace:
         "--threads", type=lambda text: tuple(map(int, text.split(","))), default=(1, 2)
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="run nothing")
     parser.add_argument("--cold", action="store_true", help="empty the caches before each call")
     return parser.parse_args()
+
+
+def merge(files: list[Path]) -> dict[str, Any]:
+    """The rows of several runs as one result, summed up anew; later files win."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = {(row["threads"], *row["shape"]): row for run in runs for row in run["rows"]}
+    kept = [rows[key] for key in sorted(rows)]
+    threads = sorted({row["threads"] for row in kept})
+    summary = [_summary(count, kept) for count in threads]
+    return {**runs[-1], "peak": max(r["peak"] for r in runs), "summary": summary, "rows": kept}
 
 
 def main() -> None:
     """Run, print, and write the JSON."""
     args = arguments()
-    results = run(args)
+    results = merge(args.merge) if args.merge else run(args)
+    for summary in results["summary"]:
+        _print_summary(summary)
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

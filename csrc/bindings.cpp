@@ -4,15 +4,21 @@
 // that a call costs about a microsecond; `kernels/cpu.py` is their only caller and checks.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <array>
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 
+#include "block.hpp"
 #include "cpu.hpp"
 #include "linear.hpp"
+#include "rows.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -122,6 +128,117 @@ void quantize(const omega::Linear& layer, uintptr_t x, int rows, int step, uintp
                    reinterpret_cast<float*>(scale));
 }
 
+// Billions of operations (two a product) a second, with nothing but products: a loop of
+// registers, the best of several short ones.
+double peak_rate(const std::string& isa) {
+    const omega::Isa& set = omega::find_isa(isa);
+    double best = 0.0;
+    for (int i = 0; i < 200; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        const long products = set.peak(2000);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best = std::max(best, 2e-9 * double(products) / took.count());
+    }
+    return best;
+}
+
+const omega::Isa& fastest() {
+    static const omega::Isa& isa = omega::find_isa("");
+    return isa;
+}
+
+// Float rows between the layers; see rows.hpp. Addresses and strides are checked in kernels/rows.py.
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+void norm(uintptr_t x, size_t outer, size_t stride, int inner, int width, uintptr_t gain,
+          uintptr_t shift, size_t per_gain, float plus, float eps, bool center, uintptr_t y,
+          int threads) {
+    const omega::NormArgs args{floats(x), outer, stride, inner, width, floats(gain), floats(shift),
+                               per_gain, plus, eps, center, reinterpret_cast<float*>(y)};
+    nb::gil_scoped_release release;
+    omega::run_norm(args, fastest(), pool(), threads);
+}
+
+void gate(uintptr_t gate, uintptr_t up, size_t rows, size_t gate_stride, size_t up_stride,
+          int width, int kind, uintptr_t y, int threads) {
+    const omega::GateArgs args{floats(gate), floats(up), rows, gate_stride, up_stride, width, kind,
+                               reinterpret_cast<float*>(y)};
+    nb::gil_scoped_release release;
+    omega::run_gate(args, fastest(), pool(), threads);
+}
+
+void rotate(uintptr_t x, size_t tokens, size_t stride, int heads, int dim, uintptr_t cos,
+            uintptr_t sin, size_t table, uintptr_t y, int threads) {
+    const omega::RotateArgs args{floats(x), tokens, stride, heads, dim, floats(cos), floats(sin),
+                                 table, reinterpret_cast<float*>(y), size_t(heads) * dim};
+    nb::gil_scoped_release release;
+    omega::run_rotate(args, fastest(), pool(), threads);
+}
+
+void residual(uintptr_t x, uintptr_t add, uintptr_t gate, size_t rows, size_t per_gate, int width,
+              uintptr_t y, int threads) {
+    const omega::ResidualArgs args{floats(x), floats(add), floats(gate), rows, per_gate, width,
+                                   reinterpret_cast<float*>(y)};
+    nb::gil_scoped_release release;
+    omega::run_residual(args, fastest(), pool(), threads);
+}
+
+// Of k and v: address, strides over batch, head and row; then count and repeats.
+using KeysTuple = std::array<uintptr_t, 10>;
+
+omega::Keys keys_of(const KeysTuple& t) {
+    return {floats(t[0]), floats(t[4]), t[1], t[2], t[3], t[5], t[6], t[7], int(t[8]), int(t[9])};
+}
+
+void attend(const std::array<uintptr_t, 4>& q, int batch, int heads, int kv_heads, int rows,
+            int dim, const KeysTuple& keys, const std::optional<KeysTuple>& more, float scale,
+            bool causal, uintptr_t out, int threads) {
+    omega::AttendArgs args{};
+    args.q = floats(q[0]);
+    args.q_batch = q[1], args.q_head = q[2], args.q_row = q[3];
+    args.batch = batch, args.heads = heads, args.kv_heads = kv_heads;
+    args.rows = rows, args.dim = dim;
+    args.keys[0] = keys_of(keys);
+    args.sources = more ? 2 : 1;
+    if (more) args.keys[1] = keys_of(*more);
+    args.scale = scale, args.causal = causal;
+    args.out = reinterpret_cast<float*>(out);
+    nb::gil_scoped_release release;
+    omega::run_attend(args, fastest(), pool(), threads);
+}
+
+void make_block(omega::Block* self, const omega::Linear& in, const omega::Linear& out,
+                const omega::Linear& up, const omega::Linear& down, int heads, int kv_heads,
+                int dim, bool cross, bool center, bool gated, int kind, float eps, float scale) {
+    new (self) omega::Block({&in, &out, &up, &down, heads, kv_heads, dim, cross, center, gated,
+                             kind, eps, scale});
+}
+
+using Addresses = std::array<uintptr_t, 3>;
+
+omega::Modulation modulation_of(const Addresses& t) {
+    return {floats(t[0]), floats(t[1]), floats(t[2])};
+}
+
+void run_block(const omega::Block& block, uintptr_t x, uintptr_t y, int batch, int rows,
+               const Addresses& before, const Addresses& after, int modulations, uintptr_t cos,
+               uintptr_t sin, size_t table, const std::optional<KeysTuple>& cache, int step,
+               int threads) {
+    if (step < 0 || (block.steps() && step >= block.steps())) {
+        throw std::out_of_range("no such step in the layers' tables");
+    }
+    omega::BlockArgs args{};
+    args.x = floats(x), args.y = reinterpret_cast<float*>(y);
+    args.batch = batch, args.rows = rows;
+    args.before = modulation_of(before), args.after = modulation_of(after);
+    args.modulations = modulations;
+    args.cos = floats(cos), args.sin = floats(sin), args.table = table;
+    if (cache) args.cache = keys_of(*cache);
+    args.step = step;
+    nb::gil_scoped_release release;
+    block.run(args, fastest(), pool(), threads);
+}
+
 std::vector<std::string> isa_names() {
     std::vector<std::string> names;
     for (const omega::Isa* isa : omega::usable_isas()) names.emplace_back(isa->name);
@@ -132,7 +249,13 @@ std::vector<std::string> isa_names() {
 
 NB_MODULE(_native, m) {
     m.doc() = "Quantized linear layers on the integer units of the CPU.";
+    m.def("peak_rate", &peak_rate, "isa"_a = "", "Most that an instruction set can do, in G/s.");
     m.def("isa_names", &isa_names, "Instruction sets that run here, fastest first.");
+    m.def("norm", &norm);
+    m.def("gate", &gate);
+    m.def("rotate", &rotate);
+    m.def("residual", &residual);
+    m.def("attend", &attend);
     nb::class_<omega::Linear>(m, "Linear", "A layer, repacked. See csrc/linear.hpp.")
         .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,
              "weight_group"_a, "bias"_a.none(), "multiplier"_a.none(), "permutation"_a.none(),
@@ -146,4 +269,10 @@ NB_MODULE(_native, m) {
              "x [rows, inputs] -> y [rows, outputs], both float32, contiguous, by address.")
         .def("quantize", &quantize, "x"_a, "rows"_a, "step"_a, "q"_a, "scale"_a,
              "x [rows, inputs] -> q int8 [rows, inputs], scale [rows, groups], by address.");
+    nb::class_<omega::Block>(m, "Block", "A transformer block of native layers: csrc/block.hpp.")
+        .def("__init__", &make_block, "in_"_a, "out"_a, "up"_a, "down"_a, "heads"_a, "kv_heads"_a,
+             "dim"_a, "cross"_a, "center"_a, "gated"_a, "kind"_a, "eps"_a, "scale"_a,
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+             nb::keep_alive<1, 5>())
+        .def("run", &run_block);
 }

@@ -27,7 +27,7 @@ namespace {
 }  // namespace
 
 const Isa* isa_avx2() {
-    static const Isa isa = make_isa("avx2");
+    static const Isa isa = make_isa("avx2", row_fns);
     return &isa;
 }
 

@@ -27,9 +27,15 @@ struct Vec {
     static inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
     static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static inline F addf(F a, F b) { return _mm256_add_ps(a, b); }
+    static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static inline __m256d load_wide(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+    static inline __m256d fma_wide(__m256d a, __m256d b, __m256d c) {
+        return _mm256_fmadd_pd(a, b, c);
+    }
 };
 
 #define LANES 8
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"

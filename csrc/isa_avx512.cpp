@@ -45,17 +45,25 @@ struct Vec {
     static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
     static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static inline F addf(F a, F b) { return _mm512_add_ps(a, b); }
+    static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static inline __m512d load_wide(const float* p) {
+        return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
+    }
+    static inline __m512d fma_wide(__m512d a, __m512d b, __m512d c) {
+        return _mm512_fmadd_pd(a, b, c);
+    }
 };
 
 #define LANES 16
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_avx512vnni() {
-    static const Isa isa = make_isa("avx512-vnni");
+    static const Isa isa = make_isa("avx512-vnni", row_fns);
     return &isa;
 }
 

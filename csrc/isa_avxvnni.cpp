@@ -22,7 +22,7 @@ namespace {
 }  // namespace
 
 const Isa* isa_avxvnni() {
-    static const Isa isa = make_isa("avx-vnni");
+    static const Isa isa = make_isa("avx-vnni", row_fns);
     return &isa;
 }
 

@@ -48,17 +48,23 @@ struct Vec {
     static inline void store(float* p, F v) { vst1q_f32(p, v); }
     static inline F mul(F a, F b) { return vmulq_f32(a, b); }
     static inline F addf(F a, F b) { return vaddq_f32(a, b); }
+    static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+    static inline float64x2_t load_wide(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+    static inline float64x2_t fma_wide(float64x2_t a, float64x2_t b, float64x2_t c) {
+        return vfmaq_f64(c, a, b);
+    }
 };
 
 #define LANES 4
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_neon() {
-    static const Isa isa = make_isa("neon-dotprod");
+    static const Isa isa = make_isa("neon-dotprod", row_fns);
     return &isa;
 }
 

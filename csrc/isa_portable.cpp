@@ -37,17 +37,22 @@ struct Vec {
     static inline void store(float* p, F v) { *reinterpret_cast<Loose*>(p) = v; }
     static inline F mul(F a, F b) { return a * b; }
     static inline F addf(F a, F b) { return a + b; }
+    static inline F fma(F a, F b, F c) { return a * b + c; }
+    typedef double D __attribute__((vector_size(16)));
+    static inline D load_wide(const float* p) { return D{p[0], p[1]}; }
+    static inline D fma_wide(D a, D b, D c) { return a * b + c; }
 };
 
 #define LANES 4
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_portable() {
-    static const Isa isa = make_isa("portable");
+    static const Isa isa = make_isa("portable", row_fns);
     return &isa;
 }
 

@@ -16,6 +16,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffer.hpp"
+#include "rows.hpp"
+
 namespace omega {
 
 constexpr int kPanel = 16;     // outputs of a panel
@@ -42,8 +45,9 @@ struct TileArgs {
     const float* token_scale;  // [rows]; ones with kActSegments
     const float* row_scale;    // [outputs] from the strip's first; ones with kWeightSegments
     const float* bias;         // [outputs] from the strip's first
-    int rank;                  // of the part kept in floats, added to the product
-    const float* lowrank;      // [rows][rank]: the input's share
+    int rank;                  // of the part kept in floats that reaches this strip
+    const float* lowrank;      // [rows][rank]: the input's share, from the strip's first
+    int lowrank_stride;        // from one row of shares to the next
     const float* lowrank_a;    // [rank][outputs] from the strip's first: the output's
     int segments;
     int pieces;                // per segment
@@ -67,7 +71,7 @@ struct Prologue {
     int base = 1;                        // full: order of the factor that is no power of two
     float norm = 1.0f;                   // factor that the butterflies leave out
     float low = -8.0f, high = 7.0f;      // range of the integers
-    float factor = 1.0f;                 // dynamic: scale = absmax * factor
+    float factor = 1.0f;                 // dynamic: scale = absmax * factor, `norm` included
     const float* table = nullptr;        // static: [steps][groups], else null
     int groups = 1;                      // groups of activations with a scale of their own
     int group = 0;                       // inputs per group (a multiple of `segment`)
@@ -84,6 +88,8 @@ struct Prologue {
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 constexpr int kMaxSegmentSum = 1 << 22;
+// Sums up to here times a scale of 8 bits are exact floats.
+constexpr int kMaxExactSum = 1 << 16;
 
 // Where a tile's integers go.
 struct QuantTile {
@@ -112,6 +118,8 @@ struct Isa {
     int panels[2];    // panels of a narrow and of a wide strip; the narrow one divides the wide
     TileFn tile[kModes][2][kMaxRows + 1];  // [mode][wide][rows]
     PrologueFn prologue;
+    long (*peak)(int rounds);  // byte products in registers alone: returns how many it did
+    const RowFns* rows;
 };
 
 // The tables, fastest first; null where this binary or this CPU lacks one.

@@ -22,6 +22,16 @@ const T* keep(Buffer<T>& buffer, const T* source, size_t count) {
     return buffer.data();
 }
 
+// To the 8 bits of a bfloat16, halves to even.
+void round_scales(Buffer<float>& scales) {
+    for (size_t i = 0; i < scales.size(); ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &scales[i], 4);
+        bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+        std::memcpy(&scales[i], &bits, 4);
+    }
+}
+
 // Four nibbles to the low halves of four bytes.
 uint32_t spread(uint32_t v) {
     v = (v | v << 8) & 0x00ff00ffu;
@@ -59,6 +69,8 @@ void Linear::set_segments(const LinearSpec& spec) {
         if (p.segment % (2 * kSegment)) refuse("groups too large for this kernel");
         p.segment /= 2;
     }
+    // Scales of activations alone must leave the product exact; column scales of 1 round it first.
+    if (mode_ == kActSegments && p.segment > kMaxExactSum / largest) mode_ |= kWeightSegments;
     p.start = mode_ ? kMagicBits : 0;
     p.padded = round_up(spec.inputs, p.segment);
     p.segments = p.padded / p.segment;
@@ -71,7 +83,6 @@ void Linear::set_prologue(const LinearSpec& spec) {
     if (spec.bits != 4 && spec.bits != 8) refuse("activations have 4 or 8 bits");
     p.low = float(-(1 << (spec.bits - 1)));
     p.high = -p.low - 1.0f;
-    p.factor = spec.clip / p.high;
     p.rotation = spec.rotation;
     p.block = spec.block;
     p.base = spec.base;
@@ -88,10 +99,12 @@ void Linear::set_prologue(const LinearSpec& spec) {
         }
         p.norm = 1.0f / std::sqrt(float(p.inputs));
     }
+    p.factor = spec.clip / p.high * p.norm;
     p.multiplier = keep(multiplier_, spec.multiplier, spec.inputs);
     p.permutation = keep(permutation_, spec.permutation, spec.inputs);
     p.matrix = keep(matrix_, spec.matrix, spec.matrix_size);
     p.table = keep(table_, spec.table, size_t(spec.steps) * p.groups);
+    if (mode_ & kActSegments) round_scales(table_);
 }
 
 void Linear::repack(const LinearSpec& spec) {
@@ -115,7 +128,7 @@ void Linear::repack(const LinearSpec& spec) {
 }
 
 void Linear::set_scales(const LinearSpec& spec) {
-    const bool grouped = mode_ & kWeightSegments;
+    const bool grouped = spec.weight_group && spec.weight_group < spec.inputs;
     bias_.reserve(padded_outputs_);
     bias_.fill(0.0f);
     if (spec.bias) std::memcpy(bias_.data(), spec.bias, outputs_ * sizeof(float));
@@ -123,6 +136,10 @@ void Linear::set_scales(const LinearSpec& spec) {
     row_scale_.fill(grouped ? 1.0f : 0.0f);
     if (!grouped) {
         std::memcpy(row_scale_.data(), spec.weight_scale, outputs_ * sizeof(float));
+        if (mode_ & kWeightSegments) {
+            weight_scale_.reserve(size_t(prologue_.segments) * padded_outputs_);
+            weight_scale_.fill(1.0f);
+        }
         return;
     }
     const int groups = (spec.inputs + spec.weight_group - 1) / spec.weight_group;
@@ -155,10 +172,29 @@ void Linear::set_lowrank(const LinearSpec& spec) {
         }
     }
     p.lowrank_b = lowrank_b_.data();
+    if (p.rank) find_ranks();
+}
+
+// Layers that were joined have ranks of their own: zeros in the others' strips.
+void Linear::find_ranks() {
+    const int width = kPanel * isa_.panels[0], rank = prologue_.rank;
+    const int strips = padded_outputs_ / width;
+    ranks_.reserve(size_t(strips) * 2);
+    for (int strip = 0; strip < strips; ++strip) {
+        int first = rank, end = 0;
+        for (int i = 0; i < rank; ++i) {
+            const float* a = lowrank_a_.data() + size_t(i) * padded_outputs_ + strip * width;
+            if (std::all_of(a, a + width, [](float v) { return v == 0.0f; })) continue;
+            first = std::min(first, i);
+            end = i + 1;
+        }
+        ranks_[2 * strip] = first;
+        ranks_[2 * strip + 1] = end;
+    }
 }
 
 size_t Linear::bytes() const {
-    return weight_.size() + permutation_.size() * 4 +
+    return weight_.size() + (permutation_.size() + ranks_.size()) * 4 +
            4 * (row_scale_.size() + weight_scale_.size() + bias_.size() + multiplier_.size() +
                 matrix_.size() + table_.size() + lowrank_a_.size() + lowrank_b_.size());
 }

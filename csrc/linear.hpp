@@ -58,6 +58,7 @@ private:
     void repack(const LinearSpec& spec);
     void set_scales(const LinearSpec& spec);
     void set_lowrank(const LinearSpec& spec);
+    void find_ranks();
 
     const Isa& isa_;
     int outputs_, padded_outputs_, steps_;
@@ -68,6 +69,7 @@ private:
     Buffer<float> row_scale_, weight_scale_, bias_;
     Buffer<float> multiplier_, matrix_, table_;
     Buffer<float> lowrank_a_, lowrank_b_;
+    Buffer<int32_t> ranks_;  // [narrow strips][2]: first rank that is not zero there, and after the last
     Buffer<int32_t> permutation_;
 };
 

@@ -105,6 +105,13 @@ inline int32_t round_run(const Prologue& pro, const float* p, int n, Floats inve
     return sum_lanes(sum);
 }
 
+// To the 8 bits of a bfloat16, halves to even; what is not a number stays so.
+inline Floats round_scale(Floats v) {
+    const Ints bits = Ints(v), odd = (bits >> 16) & 1;
+    const Floats rounded = Floats((bits + 0x7fff + odd) & ~0xffff);
+    return v == v ? rounded : v;
+}
+
 // One row of floats to integers, sums and scales.
 void quantize_row(const Prologue& pro, const float* p, int step, int row, const QuantTile& to,
                   int8_t* q) {
@@ -120,10 +127,10 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
             inverse = splat(pro.norm / fixed);
             scale = splat(peak[0] == peak[0] ? fixed : peak[0]);
         } else {
-            const Floats raw = peak * pro.factor;
-            const Floats safe = raw < tiny ? splat(tiny) : raw;
-            inverse = 1.0f / safe;
-            scale = safe * pro.norm;
+            scale = peak * pro.factor;
+            scale = scale < tiny ? splat(tiny) : scale;
+            if (to.act_scale) scale = round_scale(scale);
+            inverse = pro.norm / scale;
         }
         for (int i = 0; i < per_group && s < pro.segments; ++i, ++s) {
             const int at = s * pro.segment;
@@ -150,9 +157,11 @@ inline void project_ranks(const Prologue& pro, const float* p, int first, float*
     const float* b = pro.lowrank_b + size_t(first) * pro.padded;
     Doubles sum[RANKS] = {};
     for (int k = 0; k < pro.padded; k += LANES / 2) {
-        const Doubles x = load_wide(p + k);
+        const Doubles x = Vec::load_wide(p + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < RANKS; ++i) sum[i] += x * load_wide(b + size_t(i) * pro.padded + k);
+        for (int i = 0; i < RANKS; ++i) {
+            sum[i] = Vec::fma_wide(x, Vec::load_wide(b + size_t(i) * pro.padded + k), sum[i]);
+        }
     }
     for (int i = 0; i < RANKS; ++i) {
         double total = 0.0;

@@ -13,10 +13,6 @@ typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 typedef float LooseHalf __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double Doubles __attribute__((vector_size(4 * LANES)));
 
-inline Doubles load_wide(const float* p) {
-    return __builtin_convertvector(HalfFloats(*reinterpret_cast<const LooseHalf*>(p)), Doubles);
-}
-
 inline Floats load(const float* p) { return *reinterpret_cast<const LooseFloats*>(p); }
 inline void store(float* p, Floats v) { *reinterpret_cast<LooseFloats*>(p) = v; }
 inline Floats splat(float v) { return v - Floats{}; }
@@ -185,8 +181,10 @@ void dense_block(float* p, size_t stride, const float* matrix, int block, int si
         for (int i = 0; i < size; ++i) {
             const float* row = matrix + size_t(i) * block + o;
             for (int n = 0; n < N; ++n) {
-                const Doubles m = load_wide(row + n * half);
-                for (int r = 0; r < ROWS; ++r) sum[r][n] += m * in[r][i];
+                const Doubles m = Vec::load_wide(row + n * half);
+                for (int r = 0; r < ROWS; ++r) {
+                    sum[r][n] = Vec::fma_wide(m, Doubles{} + in[r][i], sum[r][n]);
+                }
             }
         }
         for (int r = 0; r < ROWS; ++r) {

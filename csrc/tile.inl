@@ -3,9 +3,17 @@
 //
 // Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes),
 // split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
-// as_float (same bits), sub, mul, addf, and loads and stores of floats.
+// as_float (same bits), sub, mul, addf, fma, and loads and stores of floats.
 
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
+// The compiler may assume nothing of v from here on.
+#if defined(__x86_64__)
+#define OMEGA_ANEW(v) __asm__ volatile("" : "+x"(v))
+#elif defined(__aarch64__)
+#define OMEGA_ANEW(v) __asm__ volatile("" : "+w"(v))
+#else
+#define OMEGA_ANEW(v) __asm__ volatile("" : "+m"(v))
+#endif
 
 template <int R, int P, int MODE>
 struct Tile {
@@ -74,7 +82,8 @@ struct Tile {
         }
     }
 
-    // total += sum * row scale * column scale of this segment, rounded after each operation.
+    // total += sum * row scale * column scale of this segment, rounded after each operation. With
+    // row scales alone the product is exact (Linear::set_segments), so it may be fused.
     static inline __attribute__((always_inline)) void accumulate(
         const TileArgs& t, int s, const I (&sum)[R][N], float* total) {
         F column[N];
@@ -88,9 +97,12 @@ struct Tile {
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                 float* into = total + (r * N + n) * Vec::lanes;
                 const F value = Vec::sub(Vec::as_float(sum[r][n]), Vec::splatf(kMagic));
-                F scaled = Vec::mul(value, MODE == 2 ? column[n] : row);
-                if (MODE == 3) scaled = Vec::mul(scaled, column[n]);
-                Vec::store(into, Vec::addf(Vec::load(into), scaled));
+                if (MODE == 1) {
+                    Vec::store(into, Vec::fma(value, row, Vec::load(into)));
+                    continue;
+                }
+                const F scaled = MODE == 3 ? Vec::mul(value, row) : value;
+                Vec::store(into, Vec::addf(Vec::load(into), Vec::mul(scaled, column[n])));
             }
         }
     }
@@ -100,7 +112,7 @@ struct Tile {
         value = Vec::mul(value, Vec::splatf(t.token_scale[r]));
         value = Vec::mul(value, Vec::load(t.row_scale + column));
         for (int i = 0; i < t.rank; ++i) {
-            const F share = Vec::splatf(t.lowrank[r * t.rank + i]);
+            const F share = Vec::splatf(t.lowrank[r * t.lowrank_stride + i]);
             value = Vec::addf(value, Vec::mul(share, Vec::load(t.lowrank_a + i * t.outputs + column)));
         }
         value = Vec::addf(value, Vec::load(t.bias + column));
@@ -114,7 +126,17 @@ struct Tile {
         }
     }
 
+    // Lines of y are written at the end; stores that wait for memory would hold up others.
+    static inline void expect_writes(const TileArgs& t) {
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+            for (int i = 0; i < P * kPanel && i < t.columns; i += 16) {
+                __builtin_prefetch(t.y + r * t.y_stride + i, 1, 3);
+            }
+        }
+    }
+
     static void run(const TileArgs& t) {
+        expect_writes(t);
         I sum[R][N];
         if (MODE == 0) {
             segment(t.weight, t.strip_bytes, t.acts, t.offset, t.segments * t.pieces, sum);
@@ -138,6 +160,22 @@ struct Tile {
     }
 };
 
+// Products that wait for nothing, in registers: what this instruction set could do at most.
+inline long peak_products(int rounds) {
+    constexpr int sums = Vec::lanes == 4 ? 12 : 16;
+    using I = typename Vec::I;
+    I sum[sums], w = Vec::splat(rounds), a = Vec::splat(rounds >> 1);
+    OMEGA_UNROLL for (int i = 0; i < sums; ++i) sum[i] = Vec::splat(i);
+    for (int round = 0; round < rounds; ++round) {
+        OMEGA_ANEW(a);
+        OMEGA_UNROLL for (int i = 0; i < sums; ++i) Vec::dot(sum[i], w, a);
+    }
+    I total = sum[0];
+    OMEGA_UNROLL for (int i = 1; i < sums; ++i) total = Vec::add(total, sum[i]);
+    OMEGA_ANEW(total);  // so that it is made
+    return long(rounds) * sums * Vec::lanes * 4;
+}
+
 // Fills the table with every height that this instruction set has.
 template <int MODE, int R>
 void fill_tiles(Isa& isa) {
@@ -150,7 +188,7 @@ void fill_tiles(Isa& isa) {
     }
 }
 
-inline Isa make_isa(const char* name) {
+inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
     isa.max_rows = Vec::max_rows;
@@ -162,5 +200,7 @@ inline Isa make_isa(const char* name) {
     fill_tiles<2, Vec::max_rows>(isa);
     fill_tiles<3, Vec::max_rows>(isa);
     isa.prologue = &prologue_tile;
+    isa.peak = &peak_products;
+    isa.rows = &rows;
     return isa;
 }

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv
 readonly STAMP=$VENV/.installed
-readonly EXTRAS=checkpoints,lerobot,metaworld,report,dev
+readonly EXTRAS=checkpoints,lerobot,metaworld,report,serve,video,dev
 
 say() { printf '%s\n' "setup: $*" >&2; }
 die() { say "$@"; exit 1; }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla import attach_pack, quantize_
-from omega_qvla.config import Recipe, preset
+from omega_qvla.config import Recipe, Scheme, SideRecipe, WeightScheme, preset
 from omega_qvla.errors import CalibrationError, ConfigError, PackError, RecipeError, StepError
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.pack.reader import read_pack
@@ -308,6 +308,8 @@ def test_nothing_matched() -> None:
 
 def test_what_may_not_be_replaced() -> None:
     refused(RecipeError, "matches both sides", action_head=BACKBONE)
+    kept = SideRecipe(Scheme(weight=WeightScheme(bits=16), balance="output"))
+    refused(RecipeError, "`balance` runs one of our", recipe=Recipe("r", kept, kept))
     hooked = Stranger()
     hooked.flow["trunk"][1].ff[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RecipeError, match=r"flow.trunk.1.ff.0 has hooks"):

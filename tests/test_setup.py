@@ -150,7 +150,7 @@ def test_environment_is_made_once_and_again_after_a_change(machine: Machine) -> 
         assert machine.setup("venv")[0] == 0
     (first,) = log.read_text().splitlines()
     assert "--constraint constraints.txt --editable" in first
-    assert ".[checkpoints,lerobot,metaworld,report,dev]" in first
+    assert ".[checkpoints,lerobot,metaworld,report,serve,video,dev]" in first
 
     with (machine.repo / "constraints.txt").open("a") as file:
         file.write("# changed\n")

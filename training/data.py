@@ -18,8 +18,8 @@ OBJECT_POSITION = slice(4, 7)
 class Demonstrations:
     """All rendered steps of a set of episodes.
 
-    images_base, images_wrist: uint8 [n, 3, H, W]; state float32 [n, 4];
-    objects float32 [n, 3] (object position, metres); chunks float32 [n, horizon, 4], the
+    images_base, images_wrist: uint8 [n, 3, H, W]; state float32 [n, S];
+    objects float32 [n, 3] (object position, metres); chunks float32 [n, horizon, A], the
     expert's labels from that step on (the last one repeated past the episode's end);
     task int64 [n] (index into `prompts`); held_out bool [n].
     """
@@ -38,7 +38,7 @@ class Demonstrations:
 
 
 def _chunks(shard: dict[str, np.ndarray], horizon: int) -> np.ndarray:
-    """float32 [n, horizon, 4]: the labels that follow each rendered step."""
+    """float32 [n, horizon, A]: the labels that follow each rendered step."""
     first = shard["offsets"][shard["episode"]] + shard["step"]
     last = shard["offsets"][shard["episode"] + 1] - 1
     rows = np.minimum(first[:, None] + np.arange(horizon), last[:, None])
@@ -70,7 +70,8 @@ def load_demonstrations(folder: Path, horizon: int, held_out_every: int = 25) ->
             "objects": shard["raw"][:, OBJECT_POSITION],
             "chunks": _chunks(shard, horizon),
             "task": np.full(len(shard["step"]), prompts.index(prompt)),
-            "held_out": shard["episode"] % held_out_every == held_out_every - 1,
+            "held_out": (shard["episode"] + shard.get("first", 0)) % held_out_every
+            == held_out_every - 1,
         }
         for key, value in rows.items():
             parts.setdefault(key, []).append(value)

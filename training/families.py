@@ -87,8 +87,8 @@ def _statistics(demos: Demonstrations) -> tuple[Stats, Stats]:
 def _build_pi05(demos: Demonstrations, seed: int) -> tuple[Policy, int]:
     tokenizer = build_pi05_tokenizer(demos.prompts)
     words = max(len(tokenizer.encode(prompt).ids) for prompt in demos.prompts)
-    # <bos> Task : ... , State : four bins ; newline Action :
-    config = pi05_config(tokenizer.get_vocab_size(), words + 14)
+    # <bos> Task : ... , State : one bin per entry ; newline Action :
+    config = pi05_config(tokenizer.get_vocab_size(), words + 10 + demos.state.shape[1])
     model = Pi05Model(config)
     initialize_pi05(model, seed)
     processor = Pi05Processor.create(config, tokenizer, *_statistics(demos))

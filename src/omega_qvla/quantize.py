@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import omega_qvla
+from omega_qvla.calibration.balance import balanced
 from omega_qvla.calibration.collect import (
     DEFAULT_TOKEN_CAP,
     Calibration,
@@ -180,7 +181,7 @@ def quantize_policy(
                     _build(policy, jobs, ready, stats, build, tell)
                     del stats
         with phase("write"):
-            write_pack(out, manifest, build.layers())
+            write_pack(out, manifest, balanced(policy, samples, build.layers(), seed))
             build.remove()
     if on_report is not None:
         on_report(BuildReport.of(watch, jobs, todo))
@@ -239,7 +240,7 @@ def site_profiles(
                 continue
             shared = [n for n in site.consumers if smoothing.get(n) == smoothing[name]]
             weights = [_linear(policy.module, n).weight.detach() for n in shared]
-            profiles |= dict.fromkeys(shared, weight_profile(weights))
+            profiles |= dict.fromkeys(shared, weight_profile(weights, smoothing[name].profile))
     return profiles
 
 

@@ -253,6 +253,11 @@ def _targets(module: nn.Module, recipe: Recipe) -> list[_Target]:
                     "the regex, or set `allow_protected: true` in the recipe"
                 )
             scheme = side_recipe.scheme_for(name)
+            if scheme.balance != "none":
+                raise RecipeError(
+                    f"{name}: `balance` runs one of our policies to measure its attention; a "
+                    "module of others cannot have it"
+                )
             chosen[name] = _Target(name, side, scheme, find_linear(module, name))
     return list(chosen.values())
 

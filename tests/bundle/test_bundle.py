@@ -105,7 +105,7 @@ def test_baking_another_number_makes_it_the_policys(built: Built, tmp_path: Path
     manifest = write_bundle(built.checkpoint, built.packs["omega"], tmp_path / "three", options)
     policy, _ = load_bundle(tmp_path / "three")
     assert policy.num_steps == manifest.num_steps == 3
-    source = Engine.load(built.checkpoint, built.packs["omega"]).policy
+    source = Engine.load(built.checkpoint, built.packs["omega"], fast=False).policy
     prefix = source.encode(source.prepare([tiny_observation()]))
     expected = source.sample(prefix, source.draw_noise(1, 0), num_steps=3)
     prefix = policy.encode(policy.prepare([tiny_observation()]))

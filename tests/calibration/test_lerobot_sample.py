@@ -73,3 +73,23 @@ def test_a_camera_that_is_announced_but_not_there() -> None:
         draw(source, 1)
     with pytest.raises(CalibrationError, match=r"it has: observation.images.egoview, .*ego_view"):
         LeRobotDataset.open(SAMPLE, ObservationMap({"base": "wrist"}))
+
+
+def test_recorded_actions_are_the_statistics_own(source: LeRobotDataset) -> None:
+    import json
+
+    stats = json.loads((SAMPLE / "meta/stats.json").read_text())["action"]
+    found = np.concatenate([source.actions(e, [StateColumns("action")]) for e in range(5)])
+    assert found.shape == (2096, len(stats["mean"]))
+    np.testing.assert_allclose(found.mean(0), stats["mean"], atol=1e-4)
+    np.testing.assert_allclose(found.max(0), stats["max"], atol=1e-6)
+    columns = [StateColumns.parse("action=22:29"), StateColumns.parse("action=0")]
+    part = source.actions(1, columns)
+    length = sum(meta.episode == 1 for meta in source.meta)
+    whole = source.actions(1, [StateColumns("action")])
+    np.testing.assert_array_equal(part, whole[:, [*range(22, 29), 0]])
+    assert len(part) == length
+    with pytest.raises(CalibrationError, match=r"no 'observation\.nothing'"):
+        source.actions(0, [StateColumns("observation.nothing")])
+    with pytest.raises(CalibrationError, match="no episode 5"):
+        source.actions(5, [StateColumns("action")])

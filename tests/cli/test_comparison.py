@@ -16,7 +16,7 @@ from omega_qvla.cli.comparison import run as stages
 from omega_qvla.cli.comparison.arms import ArmSpec, describe, parse_arm, parse_arms
 from omega_qvla.cli.comparison.cells import Builder
 from omega_qvla.cli.comparison.drift import DriftMeter, DriftRecord, drift_file, read_drift
-from omega_qvla.cli.comparison.loop import results_file
+from omega_qvla.cli.comparison.loop import played, results_file
 from omega_qvla.cli.comparison.plan import OUTLIERS, PLAIN, Comparison
 from omega_qvla.cli.comparison.run import Results, redo, run_comparison
 from omega_qvla.cli.comparison.table import write_tables
@@ -130,6 +130,22 @@ def test_more_episodes_join(plan: Comparison, finished: Results) -> None:
     arms = run_comparison(more, QUIET).summary["pi05"][PLAIN]
     assert {values["episodes"] for values in arms.values()} == {4}
     assert run_comparison(plan, QUIET).summary == finished.summary
+
+
+def test_tables_of_what_is_there_name_what_is_not(
+    plan: Comparison, finished: Results, tmp_path: Path
+) -> None:
+    more = dataclasses.replace(
+        plan, out=tmp_path, episodes=2, arms=(*plan.arms, parse_arm("omega+clip-1"))
+    )
+    drift_file(more).write_text("".join(drift_file(plan).read_text().splitlines(True)[1:]))
+    lines = results_file(plan).read_text().splitlines(True)
+    results_file(more).write_text("".join(lines[:-1]))
+    text = write_tables(more, stages.results(more, played(more)))["comparison.md"].read_text()
+    first = json.loads(drift_file(plan).read_text().splitlines()[0])["arm"]
+    assert f"Not measured yet (in so many of 4 columns): {first} (1), omega+clip-1 (4)." in text
+    assert text.count("Not played yet: omega+clip-1.") == 4
+    assert "Unfinished: " in text
 
 
 @pytest.mark.parametrize(
@@ -300,3 +316,16 @@ def test_on_recordings_drift_alone(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Success was not measured" in page and "drift alone" in page
     assert "Closed loop" not in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_a_worker_without_its_parent_stops(
+    small: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone:
+        def is_alive(self) -> bool:
+            return False
+
+    monkeypatch.setattr(stages, "_work", inline)
+    monkeypatch.setattr(stages, "parent_process", Gone)
+    assert not run_comparison(small, QUIET).drift
+    assert not small.pack("pi05", PLAIN, "rtn").exists()

@@ -83,8 +83,11 @@ def test_every_verb_takes_them(place: Path, tmp_path: Path, run: Run) -> None:
     assert code == 0
     assert 0 < data["drift"]["relative_error"] < 0.3
     words = ["--pack", pack, "--observations", seen, "--rounds", 1, "--act-bits", 8]
-    code, data, _ = run("bench", checkpoint, *words, *said(place), "--backends", "emulated")
-    assert [row["arm"] for row in data["results"]] == ["fp32", "both emulated"]
+    code, data, _ = run(
+        "bench", checkpoint, *words, *said(place), "--backends", "emulated", "--no-bf16"
+    )
+    assert [row["arm"] for row in data["results"]] == ["fp32", "control", "both emulated"]
+    assert {row["arm"] for row in data["memory"]} <= {"fp32", "control", "emulated"}
     play = ["--env", "cli.fakes:DriftEnv", "--tasks", *TASKS, "--episodes", 1, "--workers", 0]
     arms = ["--arm", f"omega={pack}", "--arm", f"small={tmp_path}/bundle"]
     code, data, _ = run("eval", checkpoint, *play, *arms, "--out", tmp_path / "r", *said(place))

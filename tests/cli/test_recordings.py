@@ -90,3 +90,25 @@ def test_calibrate_refuses(
 
 def test_the_help_tells_the_truth() -> None:
     assert HELD_OUT == DEFAULT_HELD_OUT
+
+
+def test_an_episode_in_open_loop(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--dataset", f"{place}/dataset", *BASE]
+    words = ["quantize", f"{place}/checkpoint", *source, "--num-samples", "4", "--quiet"]
+    assert main([*words, "--out", f"{place}/open.safetensors"]) == 0
+    capsys.readouterr()
+    words = ["compare", "--checkpoint", f"{place}/checkpoint", *source, "--json", "--quiet"]
+    words += ["--pack", f"omega={place}/open.safetensors", "--out", str(tmp_path / "out")]
+    assert main([*words, "--episode", "1", "--execute", "2"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["episode"] == 1 and set(data["arms"]) == {"full-precision", "omega"}
+    assert data["steps"] == list(range(0, SPEC.episodes[1][1], 2))
+    assert data["arms"]["full-precision"]["error"] == 0 < data["arms"]["omega"]["error"]
+    for name in ("html", "md", "csv", "json"):
+        assert (tmp_path / "out" / f"open-loop.{name}").stat().st_size > 100
+    assert main([*words, "--episode", "99"]) == 2
+    assert "no episode 99" in capsys.readouterr().err
+    assert main([*words, "--episode", "1", "--action-key", "nothing"]) == 2
+    assert "no 'nothing'; it has" in capsys.readouterr().err

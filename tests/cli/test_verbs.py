@@ -119,7 +119,7 @@ def test_include_and_exclude_narrow_the_recipe(place: Path, run: Run) -> None:
         (["--include", "no_such_layer"], "RecipeError"),
         (["--include", "action_out_proj", "--side", "action_head"], "protected"),
         (["--recipe", "nonsense"], "neither a preset"),
-        ([], "needs calibration"),
+        ([], "needs calibration: give --observations"),
         (["--tasks", "push"], "go with --env"),
         (["--observations", "{place}/omega.safetensors"], "not a file of observations"),
         (["--observations", "{place}/observations.safetensors", "--num-samples", "99"], "only 28"),
@@ -229,6 +229,9 @@ def test_compare_with_drift_alone(place: Path, run: Run) -> None:
         ([], "nothing to compare"),
         (["{results}", "--arms", "nobody"], "no episodes of nobody"),
         (["--pack", "omega={place}/omega.safetensors"], "--observations together"),
+        (["--recipes", "rtn"], "--checkpoint DIR (perhaps several) and --out DIR"),
+        (["--episode", "1"], "one --checkpoint, --pack LABEL=FILE"),
+        (["--out", "x"], "--out goes with --recipes and --episode"),
     ],
 )
 def test_compare_refuses(
@@ -245,10 +248,56 @@ def test_compare_refuses(
 def test_bench_times_every_arm(place: Path, run: Run) -> None:
     source = ["--observations", place / "observations.safetensors", "--threads", 1]
     words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 2]
-    code, data = run("bench", *words)
+    code, data = run("bench", *words, "--no-bf16")
     assert code == 0
     arms = {row["arm"]: row["ms"] for row in data["results"]}
-    assert len(arms) == 3 and {"fp32", "omega emulated"} <= set(arms)
+    assert len(arms) == 4 and {"fp32", "control", "omega emulated"} <= set(arms)
     for stages in arms.values():
-        assert set(stages) == {"backbone", "step", "chunk"}
+        assert set(stages) == {"vision", "prefix", "step", "chunk"}
         assert 0 < stages["step"]["p50"] < stages["chunk"]["p50"] <= stages["chunk"]["p95"]
+        assert stages["vision"]["p50"] > 0 and stages["prefix"]["p50"] > 0
+    # Every quantized layer is in one of the kinds, with the times of every arm.
+    quantized = 2 * 7 * 2 - 5  # two stacks of two blocks, less what inference never runs
+    counted = sum(kind["count"] * len(kind["name"].split(" + ")) for kind in data["layers"])
+    assert counted == quantized
+    assert all(set(kind["ms"]) == set(arms) for kind in data["layers"])
+    memory = {row["arm"]: row["bytes"] for row in data["memory"]}
+    assert set(memory) == {"fp32", "control", "emulated", "auto"} or not memory
+    for peaks in memory.values():
+        assert 0 < peaks["base"] < peaks["load"] and peaks["base"] < peaks["run"]
+
+
+def test_bench_leaves_out_what_it_is_told_to(place: Path, run: Run) -> None:
+    source = ["--observations", place / "observations.safetensors", "--threads", 1]
+    words = [place / "checkpoint", "--pack", place / "omega.safetensors", *source, "--rounds", 1]
+    code, data = run(
+        "bench", *words, "--no-bf16", "--no-layers", "--no-memory", "--backends", "auto"
+    )
+    assert code == 0 and not data["layers"] and not data["memory"] and len(data["results"]) == 3
+
+
+def test_inspect_diagnoses_layers(place: Path, run: Run, tmp_path: Path) -> None:
+    words = ["--checkpoint", place / "checkpoint", "--num-samples", 3, "--out", tmp_path / "out"]
+    words += ["--observations", place / "observations.safetensors", "--backend", "emulated"]
+    code, data = run("inspect", place / "omega.safetensors", "--layers", *words)
+    assert code == 0
+    rows = {row["name"]: row for row in data["layers"]}
+    assert len(rows) == len(run("inspect", place / "omega.safetensors")[1]["layers"])
+    assert all(row["error"] > 0 and row["alone"] > 0 for row in rows.values())
+    assert [len(entry["layers"]) for entry in data["leave_out"]] == [0, 1, 2, 4, 8, 16]
+    assert data["leave_out"][0]["error"] == pytest.approx(data["everything"])
+    assert data["leave_out"][-1]["error"] < data["everything"]
+    assert json.loads((tmp_path / "out" / "layers.json").read_text()) == data
+    lines = (tmp_path / "out" / "layers.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert (tmp_path / "out" / "layers.html").read_text().count("<svg") == 5
+
+
+def test_inspect_of_layers_needs_something_to_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", f"{place}/omega.safetensors", "--layers"]
+    assert main(words) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    assert main([*words, "--checkpoint", f"{place}/checkpoint"]) == 2
+    assert "--observations PATH" in capsys.readouterr().err

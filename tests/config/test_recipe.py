@@ -10,10 +10,12 @@ import pytest
 from omega_qvla.config import (
     PRESETS,
     ActivationScheme,
+    Learning,
     Recipe,
     Rotation,
     Scheme,
     SideRecipe,
+    Smoothing,
     WeightScheme,
     preset,
     resolve_recipe,
@@ -48,12 +50,15 @@ def test_overrides_round_trip_and_first_match_wins() -> None:
     assert side.scheme_for("fc") is side.scheme
 
 
+def test_every_preset_says_what_it_is() -> None:
+    for name, make in PRESETS.items():
+        first = (make.__doc__ or "").strip().split("\n\n")[0]
+        assert first.endswith(".") and make().name == name, name
+
+
 def test_native() -> None:
-    assert [name for name in PRESETS if preset(name).backbone.scheme.native] == [  # type: ignore[union-attr]
-        "omega",
-        "rtn",
-        "w4a8",
-    ]
+    emulated = [name for name in PRESETS if not preset(name).backbone.scheme.native]  # type: ignore[union-attr]
+    assert emulated == ["omega-paper", "w4a16", "gptq-w4a16", "awq-w4a16", "quantvla-w4a4"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,17 @@ def test_from_dict_refuses(change: dict[str, object], message: str) -> None:
     [
         (Rotation, {"block": 48}),
         (Rotation, {"block": 0}),
-        (WeightScheme, {"bits": 8}),
+        (WeightScheme, {"bits": 5}),
+        (WeightScheme, {"clip": 0.0}),
+        (WeightScheme, {"clip": 0.9, "method": "gptq"}),
+        (WeightScheme, {"grid": "output", "method": "gptq"}),
+        (WeightScheme, {"rounded_inputs": True}),
+        (Smoothing, {"alpha": 1.5}),
+        (Smoothing, {"profile": "median"}),
+        (Learning, {"steps": 0}),
+        (Learning, {"clip_rate": -1.0}),
+        (Scheme, {"learning": Learning()}),
+        (Scheme, {"learning": Learning(), "smoothing": Smoothing(), "rotation": Rotation("svd")}),
         (WeightScheme, {"group": 0}),
         (WeightScheme, {"damp": 0.0}),
         (WeightScheme, {"rank": -1}),

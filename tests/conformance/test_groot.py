@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from omega_qvla.policies.groot_n15.action_head import ActionHead, Prefix
 from omega_qvla.policies.groot_n15.config import ActionHeadConfig, BackboneConfig, EagleConfig
 from omega_qvla.policies.groot_n15.eagle import EagleBackbone
+from omega_qvla.policies.hasten import hasten_module
 
 from .conftest import Case, assert_close
 
@@ -59,11 +60,13 @@ class HeadCase:
         return self.case.tensors[f"out.n{steps}.{what}"]
 
 
-@pytest.fixture(scope="module")
-def head_case(case: Case) -> HeadCase:
+@pytest.fixture(scope="module", params=["torch", "hastened"])
+def head_case(request: pytest.FixtureRequest, case: Case) -> HeadCase:
     with torch.device("meta"):
         head = ActionHead(ActionHeadConfig.from_dict(case.meta["config"]))
     load(case, head)
+    if request.param == "hastened":
+        hasten_module(head)
     t = case.tensors
     prefix = head.encode_features(t["in.backbone_features"], t["in.state"], t["in.embodiment_id"])
     return HeadCase(case, head, prefix)
@@ -161,8 +164,8 @@ class EagleCase:
         return x[self.case.tensors["in.attention_mask"].bool()]
 
 
-@pytest.fixture(scope="module")
-def eagle_case(case: Case) -> EagleCase:
+@pytest.fixture(scope="module", params=["torch", "hastened"])
+def eagle_case(request: pytest.FixtureRequest, case: Case) -> EagleCase:
     meta = case.meta
     keys = ("select_layer", "project_to_dim")
     with torch.device("meta"):
@@ -170,7 +173,10 @@ def eagle_case(case: Case) -> EagleCase:
             EagleConfig.from_dict(meta["config"]),
             BackboneConfig.from_dict({k: meta[k] for k in keys}),
         )
-    return EagleCase(case, load(case, backbone))
+    load(case, backbone)
+    if request.param == "hastened":
+        hasten_module(backbone)
+    return EagleCase(case, backbone)
 
 
 @eagles

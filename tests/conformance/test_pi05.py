@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from omega_qvla.policies.hasten import hasten_module
 from omega_qvla.policies.pi05.config import IMAGE_SLOTS, GemmaConfig, Pi05Config, SiglipConfig
 from omega_qvla.policies.pi05.model import Pi05Model, Prefix
 
@@ -48,8 +49,8 @@ class Loaded:
         return self.case.tensors["out.prefix_pad_mask"]
 
 
-@pytest.fixture(scope="module")
-def loaded(case: Case) -> Loaded:
+@pytest.fixture(scope="module", params=["torch", "hastened"])
+def loaded(request: pytest.FixtureRequest, case: Case) -> Loaded:
     config = config_of(case)
     with torch.device("meta"):
         model = Pi05Model(config)
@@ -57,6 +58,8 @@ def loaded(case: Case) -> Loaded:
     weights = {name: w for name, w in case.weights().items() if name not in unused}
     model.load_state_dict(weights, assign=True)
     t = case.tensors
+    if request.param == "hastened":
+        hasten_module(model)
     images = [t[f"in.image.{slot}"] for slot in config.image_slots]
     masks = [t[f"in.image_mask.{slot}"] for slot in config.image_slots]
     args = (images, masks, t["in.lang_tokens"], t["in.lang_mask"])

@@ -56,6 +56,8 @@ def test_published_protocols_are_what_was_published() -> None:
     assert (groot.denoising_steps, groot.horizon, groot.execute) == (8, 16, 1)
     assert groot.caps == StepCaps(220, 280, 600, 1000, 400)
     assert (omega.trials, omega.offset) == (10, 10)
+    assert {protocol.rendering for protocol in PROTOCOLS.values()} == {"libero"}
+    assert {protocol.scene for protocol in PROTOCOLS.values()} == {"trial"}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -70,10 +72,34 @@ def test_own_protocols_need_their_own_name() -> None:
         libero_protocol(replace(PROTOCOLS["openpi"], settle_steps=0))
 
 
+def test_a_protocol_is_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("name: mine\ncamera_size: 80\ncaps: {libero_10: 700}\n")
+    own = libero_protocol(str(path))
+    assert own == libero_protocol(path)
+    assert (own.name, own.camera_size, own.caps.libero_10) == ("mine", 80, 700)
+    assert own.caps.libero_goal == 300  # what is left out is openpi's
+    path.write_text("name: openpi\nsettle_steps: 0\n")
+    with pytest.raises(ConfigError, match="give changed settings a new name"):
+        libero_protocol(path)
+
+
+@pytest.mark.parametrize("text", ["- a list", "just words", "name: [", ""])
+def test_a_file_that_is_no_protocol_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        libero_protocol(path)
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        libero_protocol(str(tmp_path / "missing.yaml"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("nope", "known: openpi"),
+        ({"name": "x", "scene": "every"}, "scene must be trial or seed"),
+        ({"name": "x", "rendering": "pretty"}, "rendering must be libero or fast"),
         ({"name": "x", "setle": 1}, "setle"),
         ({"name": "x", "caps": {"libero_11": 1}}, "libero_11"),
         ({"name": "x", "gripper": "up"}, "gripper"),

@@ -12,6 +12,7 @@ import numpy as np
 from omega_qvla.envs.base import StepResult
 from omega_qvla.errors import ActionError
 from omega_qvla.evaluation.records import Arm
+from omega_qvla.evaluation.scripted import OraclePolicy
 from omega_qvla.policies.observation import Observation
 
 
@@ -50,6 +51,79 @@ class ReachEnv:
 
 def make_env(task: str, log: str = "") -> ReachEnv:
     return ReachEnv(task, log)
+
+
+class SlowEnv(ReachEnv):
+    """Takes its time, so that there is something to interrupt."""
+
+    def step(self, action: np.ndarray) -> StepResult:
+        time.sleep(0.004)
+        return super().step(action)
+
+
+class DeadlyEnv(ReachEnv):
+    """Kills its process at the first reset of the task "deadly"; the marker remembers."""
+
+    def __init__(self, task: str, marker: str) -> None:
+        super().__init__(task)
+        self.marker = Path(marker)
+
+    def reset(self, seed: int) -> Observation:
+        if self.task == "deadly" and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reset(seed)
+
+
+class StateEnv(ReachEnv):
+    """Resets without rendering, as the simulators do; has options that are no identity."""
+
+    def __init__(self, task: str, where: str = "", flag: bool = False) -> None:
+        super().__init__(task)
+        self.calls: list[str] = []
+
+    @classmethod
+    def fingerprint(cls, where: str = "", flag: bool = False) -> dict[str, bool]:
+        return {"flag": flag}
+
+    def reset_state(self, seed: int) -> None:
+        super().reset(seed)
+        self.observations = 0
+        self.calls.append("reset_state")
+
+    def reset(self, seed: int) -> Observation:
+        raise AssertionError("reset renders; reset_state is there")
+
+
+class NanPolicy:
+    """Not finite from its third prediction on, and says nothing of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def infer(self, observation: Observation, *, seed: int = 0) -> np.ndarray:
+        self.count += 1
+        chunk = np.zeros((8, 2), np.float32)
+        chunk[-1, 1] = np.nan if self.count > 2 else 0.0
+        return chunk
+
+
+class ReachOracle:
+    """Goes straight to the goal; its first action of an episode tells a stale one."""
+
+    def __init__(self, env: ReachEnv) -> None:
+        self.env, self.fresh = env, False
+
+    def begin(self) -> None:
+        self.fresh = True
+
+    def act(self) -> np.ndarray:
+        assert self.fresh, "begin was not called"
+        return np.clip(10 * (self.env.goal - self.env.position), -1, 1)
+
+
+def load_oracle(arm: Arm) -> OraclePolicy:
+    return OraclePolicy(ReachOracle)
 
 
 class NoisyPolicy:

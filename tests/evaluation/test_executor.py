@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ from omega_qvla.errors import ConfigError, EvaluationError
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.executor import load_trace, run_evaluation
 from omega_qvla.evaluation.plan import Plan, episodes
+from omega_qvla.evaluation.pool import ProcessPool
 from omega_qvla.evaluation.records import Arm, Episode, Protocol
-from omega_qvla.evaluation.results import read_results
+from omega_qvla.evaluation.results import ResultsFile, read_results
+from omega_qvla.evaluation.worker import Job, Player
 
 FAKES = "tests.evaluation.fakes"
 EPISODES = episodes(["reach", "other"], range(1_000_000, 1_000_003))
@@ -156,6 +160,68 @@ def test_an_error_in_an_episode_names_the_episode(tmp_path, workers):
             tmp_path / "r.jsonl",
             workers=workers,
         )
+
+
+def test_two_evaluations_do_not_write_one_file(arms, tmp_path):
+    out = tmp_path / "r.jsonl"
+    run(plan(arms[:1]), out, workers=0)
+    with ResultsFile(out, plan(arms[:1])):
+        with pytest.raises(EvaluationError, match="being written by another evaluation"):
+            run(plan(arms[:1]), out, workers=0)
+        # Another process is refused just the same.
+        code = (
+            "import sys; from pathlib import Path; from omega_qvla.evaluation.results import _lock;"
+            "_lock(Path(sys.argv[1]))"
+        )
+        call = subprocess.run(
+            [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False
+        )
+        assert call.returncode != 0 and "being written" in call.stderr
+    run(plan(arms[:1]), out, workers=0)
+
+
+def test_a_full_disk_leaves_no_half_line(arms, tmp_path, monkeypatch):
+    out = tmp_path / "r.jsonl"
+    whole = run(plan(arms[:1]), out, workers=0)
+    before = out.read_bytes()
+    write = os.write
+    with ResultsFile(out, plan(arms[:1])) as results:
+        monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
+        with pytest.raises(EvaluationError, match="no room"):
+            results.append(whole[0])
+    assert out.read_bytes() == before
+
+
+def test_options_that_are_no_identity_do_not_enter_the_header(arms, tmp_path):
+    out = tmp_path / "r.jsonl"
+
+    def wanted(**options):
+        return Plan(
+            arms[:1], EPISODES, env=f"{FAKES}:StateEnv", loader=f"{FAKES}:load", env_options=options
+        )
+
+    run(wanted(where="here"), out, workers=0)
+    assert read_results(out)[0]["settings"]["env_options"] == {"flag": False}
+    assert read_results(out)[0]["plan"]["env_options"] == {"where": "here"}
+    run(wanted(where="there"), out, workers=0)
+    with pytest.raises(EvaluationError, match=r"env_options\.flag: False there, True now"):
+        run(wanted(where="there", flag=True), out, workers=0)
+
+
+def test_devices_must_be_of_the_arms_kind(arms, tmp_path):
+    with pytest.raises(ConfigError, match=r"is for cpu, the worker's device is cuda:1"):
+        run(plan(arms), tmp_path / "r.jsonl", executor=ProcessPool(2, ("cpu", "cuda:1")))
+    records = run(plan(arms[:1]), tmp_path / "r.jsonl", executor=ProcessPool(2, ("cpu:0", "cpu")))
+    assert outcomes(records) == outcomes(run(plan(arms[:1]), tmp_path / "s.jsonl", workers=0))
+    with pytest.raises(ConfigError, match="workers"):
+        ProcessPool(0)
+
+
+def test_few_simulators_are_kept(arms):
+    player = Player(plan(arms[:1]))
+    for task in "abcda":
+        player.play(Job(arms[0], Episode(task, 1)))
+    assert list(player._envs) == ["c", "d", "a"]
 
 
 def test_recorded_episodes_leave_traces_even_when_asked_for_later(arms, tmp_path):

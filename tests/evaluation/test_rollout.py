@@ -8,7 +8,7 @@ from omega_qvla.evaluation.records import Arm, Episode, EpisodeRecord, Protocol,
 from omega_qvla.evaluation.rollout import noise_seed, run_episode
 from omega_qvla.evaluation.smoothness import action_jerk, jerk_ratio, path_jerk
 
-from .fakes import FaultyPolicy, NoisyPolicy, ReachEnv
+from .fakes import FaultyPolicy, NanPolicy, NoisyPolicy, ReachEnv, StateEnv
 
 ARM = Arm("full-precision", "nowhere", "toy")
 EPISODE = Episode("reach", 1_000_003)
@@ -49,6 +49,46 @@ def test_a_non_finite_action_is_a_failed_episode():
     assert "nan in channel 1" in record.error
     assert (record.steps, record.replans) == (10, 2)
     assert len(trace.actions) == 10
+
+
+def test_a_policy_that_returns_nan_without_a_word_is_stopped_too():
+    """The NaN is in the part that would not even have been executed."""
+
+    class Watched(ReachEnv):
+        def step(self, action):
+            assert np.isfinite(action).all()
+            return super().step(action)
+
+    record, trace = play(NanPolicy(), Watched("reach"))
+    assert not record.success
+    assert "step 7, channel 1" in record.error
+    assert (record.steps, record.replans) == (10, 2)
+    assert np.isfinite(trace.actions).all()
+
+
+def test_the_environments_own_cap_counts_where_the_protocol_has_none():
+    record, _ = play(NoisyPolicy(gain=-1), protocol=Protocol(max_steps=None))
+    assert record.steps == ReachEnv.max_steps
+
+
+def test_denoising_steps_reach_the_policy():
+    seen = []
+
+    class Counting(NoisyPolicy):
+        def infer(self, observation, *, seed=0, num_steps=None):
+            seen.append(num_steps)
+            return super().infer(observation, seed=seed)
+
+    play(Counting(), protocol=Protocol(denoising_steps=8))
+    play(Counting())
+    assert set(seen) == {8, None}
+
+
+def test_resets_are_timed_apart_from_rendering_where_the_environment_can():
+    env = StateEnv("reach")
+    record, _ = play(NoisyPolicy(), env)
+    assert env.calls == ["reset_state"]
+    assert record.replans == env.observations
 
 
 @pytest.mark.parametrize("horizon", [3, 4])

@@ -180,6 +180,38 @@ def test_same_bits_when_worth_two_threads(isa: str) -> None:
         torch.set_num_threads(1)
 
 
+def test_joined_layers_have_the_bits_of_the_separate_ones(isa: str) -> None:
+    """Rows side by side, ranks of their own: what shares an input can be one product."""
+    scheme = Scheme(
+        rotation=Rotation("hadamard"),
+        weight=WeightScheme(rank=3),
+        activation=ActivationScheme("per_token_group"),
+    )
+    parts = [make(scheme, 128, None, out) for out in (96, 40, 64)]
+    a = torch.block_diag(*(part.lowrank_a.float() for part in parts)).half()  # type: ignore[union-attr]
+    joined = dataclasses.replace(
+        parts[0],
+        out_features=200,
+        scheme=dataclasses.replace(scheme, weight=WeightScheme(rank=9)),
+        qweight=torch.cat([part.qweight for part in parts]),
+        weight_scale=torch.cat([part.weight_scale for part in parts]),
+        bias=torch.cat([part.bias for part in parts if part.bias is not None]),
+        lowrank_a=a,
+        lowrank_b=torch.cat([part.lowrank_b for part in parts], 1),  # type: ignore[misc]
+    )
+    for rows in (1, 11):
+        x = tokens(rows, 128)[0]
+        expected = torch.cat([reference.linear(x, part) for part in parts], 1)
+        assert torch.equal(NativeLayer(joined, isa)(x, None), expected)
+
+
+def test_the_control_counts_products(isa: str) -> None:
+    """A few billion a second at least, and no more than eight 64-byte products a nanosecond."""
+    module = cpu._module()
+    assert module is not None
+    assert 1.0 < module.peak_rate(isa) < 8192.0
+
+
 @pytest.mark.parametrize("width", [64, 192, 576, 1024, 1280])
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
 def test_prologue_rounds_as_the_oracle(isa: str, rotation: Rotation, width: int) -> None:

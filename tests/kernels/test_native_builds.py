@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
+# Of the bits of every result of 40 cases: on x86-64 and on AArch64, with libstdc++'s drawings.
+DIGEST = "digest 3a44c62e899b8fa6"
 
 
 def need(*programs: str) -> None:
@@ -46,7 +48,7 @@ def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     need("g++")
     flags = f"-g -fsanitize={sanitizer} -fno-sanitize-recover=all"
     program = build_check(tmp_path, flags, "-DCMAKE_CXX_COMPILER=g++")
-    run_check([str(program), "60"], "portable", "0 failures")
+    run_check([str(program), "40"], "portable", DIGEST, "0 failures")
 
 
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
@@ -58,7 +60,8 @@ def test_aarch64_under_emulation(tmp_path: Path) -> None:
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
     )
-    run_check(["qemu-aarch64", "-cpu", "max", str(program), "40"], "neon-dotprod", "0 failures")
+    neon = ["qemu-aarch64", "-cpu", "max", str(program), "40"]
+    run_check(neon, "neon-dotprod", DIGEST, "0 failures")
     run_check(["qemu-aarch64", "-cpu", "cortex-a53", str(program), "10"], "portable", "0 failures")
 
 

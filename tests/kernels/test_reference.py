@@ -23,11 +23,12 @@ def fake_quantize(x: torch.Tensor, kind: str, group: int, table: torch.Tensor) -
         parts = []
         for part in x.split(size, dim=1):
             scale = part.abs().amax(1, keepdim=True) * 0.95 / 7
+            scale = scale.bfloat16().double() if kind.endswith("group") else scale
             parts.append((part / scale).round().clamp(-8, 7) * scale)
         return torch.cat(parts, 1)
     scale = table.double()
     if kind == "per_step_group":
-        scale = scale.repeat_interleave(group)[: x.shape[1]]
+        scale = scale.bfloat16().double().repeat_interleave(group)[: x.shape[1]]
     return (x / scale).round().clamp(-8, 7) * scale
 
 

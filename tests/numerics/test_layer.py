@@ -46,7 +46,7 @@ def test_shapes_dtypes_and_bytes() -> None:
         "lowrank_a": ((20, 2), half),
         "lowrank_b": ((40, 2), half),
     }
-    assert set(shapes) == set(TENSOR_FIELDS) - {"signs"}
+    assert set(shapes) == set(TENSOR_FIELDS) - {"signs", "first_rotation"}
     assert layer.nbytes == 400 + 200 + 80 + 80 + 160 + 1536 + 1024 + 60 + 80 + 160
     assert layer.integers().shape == (20, 40)
     assert layer.to("cpu").tensors().keys() == layer.tensors().keys()

@@ -47,15 +47,31 @@ def schemes() -> list[tuple[str, str, Scheme]]:
     return found
 
 
+# Measured, the larger of both sizes: rtn .061, omega-paper .028, smoothquant .027, omega .008,
+# duquant .014, w4a16 .004; the others below .0125.
+LIMITS = {
+    "rtn": 0.08,
+    "gptq-w4a4": 0.08,
+    "omega-paper": 0.04,
+    "quantvla-w4a4": 0.08,  # .054
+    "smoothquant-w4a4": 0.035,
+    "omniquant-w4a4": 0.035,
+    "duquant-w4a4": 0.02,
+    "smoothquant-w8a8": 0.0002,
+}
+
+
 @pytest.mark.parametrize("name, side, scheme", schemes())
 @pytest.mark.parametrize("out, width", [(64, 128), (30, 100)])
 def test_every_preset_stays_close(
     name: str, side: str, scheme: Scheme, out: int, width: int
 ) -> None:
+    if out == 30 and name in ("quarot-w4a4", "svdquant-w4a4"):
+        with pytest.raises(NumericsError, match=r"layer l: (no full-width Hadamard|rank 32)"):
+            build(scheme, out, width)
+        return
     layer, x, expected = build(scheme, out, width)
-    # Measured, the larger of both sizes: rtn .061, omega-paper .028, omega .009, w4a16 .004.
-    limit = {"rtn": 0.08, "omega-paper": 0.04}.get(name, 0.015)
-    assert nmse(linear(x, layer, Step(1, 4)), expected) < limit
+    assert nmse(linear(x, layer, Step(1, 4)), expected) < LIMITS.get(name, 0.015)
 
 
 def test_order_of_the_recipes_on_large_channels() -> None:
@@ -68,6 +84,24 @@ def test_order_of_the_recipes_on_large_channels() -> None:
     errors = {name: error(name) for name in ("rtn", "omega", "w4a8", "w4a16")}
     assert errors["rtn"] > 2 * errors["omega"]
     assert errors["omega"] > 1.5 * errors["w4a8"]
+
+
+def test_8_bit_weights_are_stored_as_they_are() -> None:
+    side = preset("smoothquant-w8a8").backbone
+    assert side is not None
+    layer, *_ = build(side.scheme, out=6, width=9, steps=None)
+    assert layer.qweight.dtype == torch.int8 and layer.qweight.shape == (6, 9)
+    assert torch.equal(layer.integers(), layer.qweight)
+    assert int(layer.qweight.abs().max()) == 127
+
+
+def test_a_fixed_clip_narrows_the_grid() -> None:
+    weight = layer_weight(8, 32)
+    scheme = Scheme(weight=WeightScheme(grid="max", clip=0.8))
+    layer = quantize_layer("l", "backbone", weight, None, scheme, None, None)
+    torch.testing.assert_close(
+        layer.weight_scale[:, 0].float(), weight.abs().amax(1) * 0.8 / 7, rtol=1e-3, atol=0
+    )
 
 
 ROTATIONS = (

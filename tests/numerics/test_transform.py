@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from omega_qvla.config.recipe import Rotation
 from omega_qvla.errors import NumericsError
+from omega_qvla.numerics.duquant import greedy_rotation, shared_block
 from omega_qvla.numerics.hadamard import random_signs
 from omega_qvla.numerics.permutation import zigzag_permutation
 from omega_qvla.numerics.rotation import build_rotation
@@ -16,17 +17,25 @@ from omega_qvla.numerics.transform import InputTransform
 
 from .problems import layer_weight, random
 
-KINDS = ("none", "hadamard", "svd", "svd_hadamard", "full_hadamard")
+KINDS = ("none", "hadamard", "svd", "svd_hadamard", "full_hadamard", "duquant")
 
 
 def make(kind: str, weight: torch.Tensor, smooth: bool, permute: bool) -> InputTransform:
     width = weight.shape[1]
+    first = blocks = None
+    if kind == "duquant":
+        first, blocks = (
+            greedy_rotation(w, shared_block(width, 16), 3) for w in (weight, weight**2)
+        )
+    elif "svd" in kind:
+        blocks = build_rotation(weight, kind, 16)  # type: ignore[arg-type]
     return InputTransform(
         Rotation(kind, block=16),  # type: ignore[arg-type]
         smooth=torch.exp(random(width, seed=9)) if smooth else None,
         permutation=zigzag_permutation(weight).to(torch.int32) if permute else None,
-        blocks=build_rotation(weight, kind, 16) if "svd" in kind else None,  # type: ignore[arg-type]
+        blocks=blocks,
         signs=random_signs(width, 3) if kind == "full_hadamard" else None,
+        first=first,
     )
 
 

@@ -33,15 +33,17 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_full_precision_engine_is_the_policy(built: Path) -> None:
-    engine = Engine.load(built / "checkpoint")
+    engine = Engine.load(built / "checkpoint", fast=False)
     assert engine.backend == "none"
     assert engine.report is None
     expected = load_policy(built / "checkpoint").infer(tiny_observation(), seed=3)
     np.testing.assert_array_equal(engine.infer(tiny_observation(), seed=3), expected)
+    fast = Engine.load(built / "checkpoint").infer(tiny_observation(), seed=3)
+    np.testing.assert_allclose(fast, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_quantized_engine_is_the_policy_with_its_pack(built: Path) -> None:
-    engine = Engine.load(built / "checkpoint", built / "pack")
+    engine = Engine.load(built / "checkpoint", built / "pack", fast=False)
     assert engine.report is not None
     assert engine.backend == engine.report.backend != "none"
     policy = load_policy(built / "checkpoint")

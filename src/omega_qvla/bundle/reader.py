@@ -57,7 +57,8 @@ def load_bundle(
     if missing == "error":
         check_complete(policy, pack)
     layers = pack.layers if act_bits is None else with_activation_bits(pack.layers, act_bits)
-    used = replace_linears(policy.module, layers, backend, target)
+    together = [site.consumers for site in policy.sites()]
+    used = replace_linears(policy.module, layers, backend, target, together)
     slimmed = slim(policy, manifest.options, pack.layers, dtype)
     _load_rest(folder / REST, policy, slimmed, target, dtype)
     policy.module.requires_grad_(False)

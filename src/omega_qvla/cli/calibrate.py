@@ -41,6 +41,7 @@ observations, and the drift of the actions on held-out episodes is shown for eac
 EXAMPLES = """\
   omega-qvla calibrate assets/pi05-metaworld --env metaworld --num-samples 48 \\
       --save-observations observations.safetensors --out calibration.safetensors
+  omega-qvla calibrate CHECKPOINT --env libero_object --num-samples 50 --out calibration.safetensors
   omega-qvla calibrate CHECKPOINT --observations observations.safetensors \\
       --recipe omega --recipe omega-paper --out calibration.safetensors
   omega-qvla calibrate CHECKPOINT --dataset DATASET --camera base=observation.images.ego_view \\
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     samples = given_observations(args, outline, console)
     if samples is None:
         raise ConfigError(
-            "observations are needed: --observations PATH, --dataset DIR or --env metaworld"
+            "observations are needed: --observations PATH, --dataset DIR or --env NAME"
         )
     console.note(f"loading {args.checkpoint}")
     policy = load_policy(outline.path, device=args.device, **options)

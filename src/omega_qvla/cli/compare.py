@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.comparison.verb import HELD_OUT, add_recipes, run_recipes
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.episode import add_episode, run_episode
+from omega_qvla.cli.flips import check_settings, configure_pairs, show_pairs
 from omega_qvla.cli.formats import percent, rate, size
 from omega_qvla.cli.loading import add_loading, add_pack_options, loading, pack_options
 from omega_qvla.cli.parsing import (
@@ -30,10 +32,15 @@ Compare arms with a reference (the full-precision one unless told otherwise).
 
 From results files (`omega-qvla eval`): success with Wilson intervals, the difference of
 the paired success rates with its interval (Tango), McNemar's exact p, and the jerk of
-the executed actions relative to the reference's.
+the executed actions relative to the reference's; which tasks and episodes differ, how
+many episodes a difference would take to be seen, and films of the flipped episodes.
 With --checkpoint, --pack and --observations or --dataset: drift, the cosine between the
 action chunks of the packs and of the checkpoint on the same observations and the same
 noise. Of a dataset or a folder, only the episodes that calibration leaves alone are used.
+
+With --episode as well: the packs along one recorded episode, in open loop. The actions that
+each arm commands are joined to a trajectory and compared joint by joint: error, jerk, size
+of the steps, gripper switches.
 
 With --recipes: everything from the beginning. Each recipe is built on each checkpoint from
 one shared calibration, its drift is measured on held-out observations, and all arms play
@@ -42,11 +49,13 @@ tables (comparison.md, comparison.csv, summary.json) and report.html. A run that
 goes on where it was; more recipes, checkpoints or episodes may join later.
 """
 EXAMPLES = """\
-  omega-qvla compare results.jsonl
+  omega-qvla compare results.jsonl --videos flips
   omega-qvla compare results.jsonl --checkpoint CHECKPOINT --pack omega=omega.safetensors \\
       --observations held-out.safetensors --markdown comparison.md
   omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors --pack rtn=naive.safetensors \\
       --observations held-out.safetensors --json
+  omega-qvla compare --checkpoint CHECKPOINT --pack omega=omega.safetensors \\
+      --dataset DATASET --episode 3 --out runs/open-loop
   omega-qvla compare --recipes rtn,quarot-w4a4,omega --checkpoint assets/pi05-metaworld \\
       --checkpoint assets/groot-n15-metaworld --outliers --out runs/comparison
   omega-qvla compare --recipes ablations,omega@10 --checkpoint CHECKPOINT --dataset DATASET \\
@@ -60,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="ARM", help="compare with this arm")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (and the reference)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table there")
+    configure_pairs(parser)
     drift = parser.add_argument_group("drift")
     drift.add_argument(
         "--checkpoint",
@@ -83,6 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
     add_pack_options(parser)
     add_backend(parser)
+    add_episode(parser)
     add_recipes(parser)
 
 
@@ -92,12 +103,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if args.recipes:
         return run_recipes(args, console)
+    if args.episode is not None:
+        return run_episode(args, console)
     if args.out is not None:
-        raise ConfigError("--out goes with --recipes")
+        raise ConfigError("--out goes with --recipes and --episode")
     if not args.results and not args.pack:
         raise ConfigError(
             "nothing to compare: give results files, --checkpoint with --pack, or --recipes"
         )
+    check_settings(args.results)
     reference = args.reference or REFERENCE
     records = _records(args, reference)
     drift, sizes = _drift(args, console) if args.pack else ({}, {})
@@ -109,10 +123,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for arm, values in arms.items()
     ]
     console.table(COLUMNS, rows, left=3)
+    pairs = show_pairs(args, records, reference, console)
     if args.markdown is not None:
         _write_markdown(args.markdown, rows)
         console.text(f"table in {args.markdown}")
-    console.result({"reference": reference, "families": summary})
+    console.result({"reference": reference, "families": summary, "pairs": pairs})
     return 0
 
 

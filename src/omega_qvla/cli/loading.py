@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,26 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_loading` as keyword arguments of `load_policy`, `read_outline`,
     `write_bundle` and `Engine.load`. Raises ConfigError."""
+    if args.quiet:
+        _silence_downloads(args)
     return {
         "settings": None if args.settings is None else read_settings(args.settings),
         "tokenizer": args.tokenizer,
         "revision": args.revision,
         "offline": args.offline,
     }
+
+
+def _silence_downloads(args: argparse.Namespace) -> None:
+    """No progress bars of the Hub's library, if the checkpoint is there."""
+    from omega_qvla.policies.hub import is_repository
+
+    given = getattr(args, "checkpoint", None) or getattr(args, "path", None)
+    if given is not None and is_repository(given):
+        with suppress(ImportError):  # `locate` says what is missing
+            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+            disable_progress_bars()
 
 
 def pack_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -35,6 +35,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "inspect": Verb("omega_qvla.cli.inspect", "show what is in a pack"),
         "verify": Verb("omega_qvla.cli.verify", "prove a pack, alone or against its checkpoint"),
         "eval": Verb("omega_qvla.cli.evaluate", "let policies act in a simulator and count"),
+        "serve": Verb("omega_qvla.cli.serve", "a policy behind openpi's websocket protocol"),
         "bench": Verb("omega_qvla.cli.bench", "time a checkpoint and its pack on this machine"),
         "compare": Verb("omega_qvla.cli.compare", "set policies side by side, paired"),
     }

@@ -9,6 +9,8 @@ from pathlib import Path
 from omega_qvla.cli.loading import add_loading
 from omega_qvla.errors import ConfigError
 
+#: As in `omega_qvla.envs.libero_protocol`.
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 SIDES = ("backbone", "action_head")
 #: As in `omega_qvla.calibration`, which would bring torch: --help is to be instant.
 SAMPLES, HELD_OUT = 10, 0.2
@@ -46,10 +48,11 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The positional argument CHECKPOINT, and the options to read it."""
     parser.add_argument(
         "checkpoint",
+        nargs="?" if optional else None,
         type=Path,
         metavar="CHECKPOINT",
         help="directory of a pi0.5 or GR00T N1.5 checkpoint (openpi, LeRobot, Isaac-GR00T), or "
@@ -80,10 +83,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     add_recordings(group)
     group.add_argument(
         "--env",
-        choices=["metaworld"],
-        help="collect observations from scripted experts in this simulator",
+        choices=["metaworld", *LIBERO_SUITES],
+        metavar="NAME",
+        help="collect observations from scripted experts in this simulator: metaworld, or a "
+        "suite of LIBERO's",
     )
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="with --env (default: all)")
+    add_libero(group)
     group.add_argument(
         "--save-observations", type=Path, metavar="FILE", help="with --env: keep them here"
     )
@@ -108,6 +114,21 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="denoising steps to calibrate for (default: the checkpoint's own)",
     )
     group.add_argument("--seed", type=at_least(0), default=0, help="of every random choice")
+
+
+def add_libero(group: argparse._ArgumentGroup) -> None:
+    """How LIBERO is played, and on which assets: --protocol, --assets, --substitutes."""
+    group.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="LIBERO: openpi (default), gr00t-n1.5, omega-paper, or a YAML file of your own",
+    )
+    group.add_argument("--assets", type=Path, metavar="DIR", help="LIBERO: where its assets are")
+    group.add_argument(
+        "--substitutes",
+        action="store_true",
+        help="LIBERO: accept assets that are not all its own; results say so",
+    )
 
 
 def add_recordings(group: argparse._ArgumentGroup) -> None:

@@ -101,6 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.cli.sources import given_observations
     from omega_qvla.config.presets import resolve_recipe
+    from omega_qvla.numerics.quantize_layer import needs_stats
     from omega_qvla.policies.weights import open_policy
     from omega_qvla.quantize import BuildReport, plan, quantize_policy
 
@@ -108,11 +109,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     options = loading(args)
     outline = open_checkpoint(args.checkpoint, **options)
-    plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)  # refuse it early
+    # Refuse early, before anything large is read.
+    jobs = plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)
     if args.calibration and (args.observations or args.dataset or args.env) and not args.cascade:
         raise ConfigError("--calibration already holds its observations; give one of them")
     calibration = Calibration.load(args.calibration) if args.calibration else None
     samples = given_observations(args, outline, console)
+    if samples is None and calibration is None and any(needs_stats(job.scheme) for job in jobs):
+        raise ConfigError(
+            f"recipe {recipe.name!r} needs calibration: give --observations PATH, --dataset DIR, "
+            "--env metaworld or --calibration FILE (rtn needs none)"
+        )
     policy, weights = open_policy(
         outline.path, device=args.device, dtype=getattr(torch, args.dtype), **options
     )

@@ -15,6 +15,7 @@ from omega_qvla.calibration.samples import (
     write_observations,
 )
 from omega_qvla.cli.console import Console
+from omega_qvla.cli.libero_observations import from_libero
 from omega_qvla.cli.processes import process_pool
 from omega_qvla.cli.recordings import draw_checked, open_recordings
 from omega_qvla.errors import CalibrationError, ConfigError
@@ -115,6 +116,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ConfigError("give one of --observations, --dataset and --env, not both")
     if (args.tasks or args.save_observations) and not args.env:
         raise ConfigError("--tasks and --save-observations go with --env")
+    if (args.protocol or args.assets or args.substitutes) and args.env in (None, "metaworld"):
+        raise ConfigError("--protocol, --assets and --substitutes go with --env libero_...")
     if args.env and (args.camera or args.state_key or args.held_out is not None):
         raise ConfigError("--camera, --state-key and --held-out go with recordings, not --env")
 
@@ -126,17 +129,29 @@ def from_simulator(
     count: int,
     first_seed: int = CALIBRATION_SEED,
 ) -> ObservationSet:
-    """At least `count` observations of scripted experts, from the seeds at `first_seed`."""
+    """At least `count` observations of scripted experts, from the seeds at `first_seed`.
+
+    size: edge of Meta-World's images; LIBERO's is the protocol's.
+    """
+    if args.env == "metaworld":
+        samples = _from_metaworld(args, size, console, count, first_seed)
+    else:
+        samples = from_libero(args, console, count, first_seed)
+    if count > len(samples):
+        raise CalibrationError(f"{count} observations wanted, {len(samples)} were collected")
+    return samples
+
+
+def _from_metaworld(
+    args: argparse.Namespace, size: int, console: Console, count: int, first_seed: int
+) -> ObservationSet:
     from omega_qvla.envs.metaworld import TASKS
 
     tasks = check_tasks(args.tasks or list(TASKS))
     per_task = max(1, -(-count // (5 * len(tasks))))
     seeds = [first_seed + i for i in range(per_task)]
     console.note(f"collecting {len(tasks) * per_task} expert episodes in the simulator")
-    samples = collect_episodes(tasks, seeds, console, options={"size": size})
-    if count > len(samples):
-        raise CalibrationError(f"{count} observations wanted, {len(samples)} were collected")
-    return samples
+    return collect_episodes(tasks, seeds, console, options={"size": size})
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from omega_qvla.config.presets import PRESETS, preset, resolve_recipe
 from omega_qvla.config.recipe import (
     ActivationScheme,
+    Learning,
     Recipe,
     Rotation,
     Scheme,
@@ -14,6 +15,7 @@ from omega_qvla.config.recipe import (
 __all__ = [
     "PRESETS",
     "ActivationScheme",
+    "Learning",
     "Recipe",
     "Rotation",
     "Scheme",

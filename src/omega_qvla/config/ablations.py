@@ -1,8 +1,8 @@
 """Recipes with one thing changed, by name: what each ingredient is worth.
 
 A name is `<base>+<change>`. The bases are `omega-paper`, whose changes are the rows of the
-published ablation table, and `omega`. Nothing here is for use on a robot: the comparison
-(`omega-qvla compare --recipes ablations`) builds and measures them.
+published ablation table, `omega`, and SVDQuant for its rank. Nothing here is for use on a
+robot: the comparison (`omega-qvla compare --recipes ablations`) builds and measures them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from omega_qvla.config.baselines import svdquant_w4a4
 from omega_qvla.config.presets import omega, omega_paper
 from omega_qvla.config.recipe import (
     ActivationScheme,
@@ -111,6 +112,7 @@ _OMEGA: Mapping[str, Change] = {
     "weights-rtn": _weight(method="rtn"),
     "weights-gptq-block": _weight(method="gptq_block"),
     "weights-gptq-in-column-order": _weight(act_order=False),
+    "weights-gptq-for-rounded-inputs": _weight(rounded_inputs=True),
     "weight-group-64": _weight(group=64),
     "weight-group-128": _weight(group=128),
     "weight-group-128+rtn": _weight(group=128, method="rtn"),
@@ -132,7 +134,11 @@ _OMEGA: Mapping[str, Change] = {
     "rank-0": _weight(rank=0),
     "rank-4-in-both": _weight(rank=4),
     "rank-8-in-both": _weight(rank=8),
+    "rank-32-in-both": _weight(rank=32),
 }
+#: SVDQuant's rank is 32 at widths of thousands; on a network a tenth as wide that is half of the
+#: 16-bit bytes. With rank 4 its branch is as large, relative to the width, as in its paper.
+_SVDQUANT: Mapping[str, Change] = {"rank-4": _weight(rank=4)}
 
 
 def _changed(base: Recipe, name: str, change: Change) -> Recipe:
@@ -160,12 +166,12 @@ def _one_side(base: Recipe) -> dict[str, Recipe]:
 
 def _ablations() -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    for base, changes in ((omega_paper(), _PAPER), (omega(), _OMEGA)):
+    changed = ((omega_paper(), _PAPER), (omega(), _OMEGA), (svdquant_w4a4(), _SVDQUANT))
+    for base, changes in changed:
         for change, apply in changes.items():
             name = f"{base.name}+{change}"
             found[name] = _changed(base, name, apply)
-        found |= _one_side(base)
-    return found
+    return found | _one_side(omega_paper()) | _one_side(omega())
 
 
 #: Name -> recipe, the published recipe's changes first.

@@ -7,6 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from omega_qvla.config.baselines import (
+    awq_w4a16,
+    both_sides,
+    duquant_w4a4,
+    gptq_w4a4,
+    gptq_w4a16,
+    omniquant_w4a4,
+    quantvla_w4a4,
+    quarot_w4a4,
+    rtn,
+    smoothquant_w4a4,
+    smoothquant_w8a8,
+    svdquant_w4a4,
+)
 from omega_qvla.config.recipe import (
     ActivationScheme,
     Recipe,
@@ -18,10 +32,6 @@ from omega_qvla.config.recipe import (
     load_yaml,
 )
 from omega_qvla.errors import RecipeError
-
-
-def _both(name: str, scheme: Scheme) -> Recipe:
-    return Recipe(name, backbone=SideRecipe(scheme), action_head=SideRecipe(scheme))
 
 
 def _omega(name: str, activation: ActivationScheme) -> Recipe:
@@ -55,15 +65,7 @@ def w4a16() -> Recipe:
     scheme = Scheme(
         rotation=Rotation("hadamard", block=64), weight=WeightScheme(method="gptq", grid="fine")
     )
-    return _both("w4a16", scheme)
-
-
-def rtn() -> Recipe:
-    """Naive W4A4: absmax weights per row, absmax activations per token, nothing else."""
-    scheme = Scheme(
-        weight=WeightScheme(method="rtn", grid="max"), activation=ActivationScheme("per_token")
-    )
-    return _both("rtn", scheme)
+    return both_sides("w4a16", scheme)
 
 
 def omega_paper() -> Recipe:
@@ -89,9 +91,19 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "omega": omega,
         "omega-paper": omega_paper,
-        "rtn": rtn,
-        "w4a16": w4a16,
         "w4a8": w4a8,
+        "w4a16": w4a16,
+        "rtn": rtn,
+        "gptq-w4a16": gptq_w4a16,
+        "gptq-w4a4": gptq_w4a4,
+        "awq-w4a16": awq_w4a16,
+        "smoothquant-w4a4": smoothquant_w4a4,
+        "smoothquant-w8a8": smoothquant_w8a8,
+        "omniquant-w4a4": omniquant_w4a4,
+        "duquant-w4a4": duquant_w4a4,
+        "quarot-w4a4": quarot_w4a4,
+        "quantvla-w4a4": quantvla_w4a4,
+        "svdquant-w4a4": svdquant_w4a4,
     }
 )
 

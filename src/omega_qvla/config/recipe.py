@@ -21,9 +21,11 @@ import yaml
 
 from omega_qvla.errors import RecipeError
 
-RotationKind = Literal["none", "hadamard", "svd", "svd_hadamard", "full_hadamard"]
+RotationKind = Literal["none", "hadamard", "svd", "svd_hadamard", "full_hadamard", "duquant"]
 WeightMethod = Literal["rtn", "gptq", "gptq_block"]
-Grid = Literal["paper", "fine", "max"]
+Grid = Literal["paper", "fine", "max", "output"]
+Profile = Literal["rms", "max", "mean"]
+Balance = Literal["none", "temperature", "output"]
 ActivationKind = Literal[
     "none",
     "per_token",
@@ -50,6 +52,8 @@ class Rotation:
     """Orthogonal change of the input basis, undone in the weights.
 
     block: width of a block (a power of two); `full_hadamard` spans the whole width instead.
+    `duquant`: two rotations, searched on the calibration tokens, with a permutation between
+    them (see numerics/duquant.py).
     randomized: multiply by seeded random signs first (the only thing then stored).
     """
 
@@ -66,25 +70,58 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Per-channel divisor of the input, d = rms(x)^alpha / rms(w)^(1-alpha).
+    """Per-channel divisor of the input, d = size(x)^alpha / size(w)^(1-alpha).
 
     robust: profile the tokens after dividing each by its own rms, so that one massive
-    token cannot own the profile.
+    token cannot own the profile; of the `rms` profile only.
+    profile: what a channel's size is. `rms`; `max`, the largest magnitude (SmoothQuant);
+    `mean`, the mean magnitude, and the weights do not count: d = mean|x|^alpha (AWQ).
+    search: take the alpha of least output error among 20 from 0 to .95 instead of the given.
     """
 
     alpha: float = 0.5
     robust: bool = True
+    profile: Profile = "rms"
+    search: bool = False
 
     def __post_init__(self) -> None:
+        _choice("smoothing.profile", self.profile, Profile)
         _need(0 <= self.alpha <= 1, f"smoothing.alpha must lie in [0, 1], not {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Smoothing divisor and weight clipping by gradient descent (see numerics/learned.py).
+
+    steps: of Adam, each on `batch` calibration tokens. smooth_rate, clip_rate: learning rates.
+    """
+
+    steps: int = 200
+    batch: int = 256
+    smooth_rate: float = 5e-3
+    clip_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _need(self.steps > 0, f"learning.steps must be positive, not {self.steps}")
+        _need(self.batch > 0, f"learning.batch must be positive, not {self.batch}")
+        rates = self.smooth_rate >= 0 and self.clip_rate >= 0
+        _need(rates, "learning rates must not be negative")
 
 
 @dataclass(frozen=True)
 class WeightScheme:
     """How weights are rounded.
 
+    bits: 2, 3, 4, 8; 16 keeps the weight in half precision (a layer that a recipe leaves out
+    of quantization but rescales).
     group: columns that share a scale; None = one scale per row.
-    grid: candidates of the scale search; `max` is absmax/7 without a search.
+    grid: candidates of the scale search; `max` is absmax/qmax without a search, `output`
+    searches for the least output error on the calibration tokens instead of the least error
+    of the weights (AWQ's clipping).
+    clip: fraction of absmax that all candidates start from; of `rtn` only.
+    rounded_inputs: GPTQ under the moments of the inputs as they will be rounded instead of
+    exact ones, so that it does not trade large weights against each other that would carry
+    rounding noise; dynamic activation kinds only.
     damp, block, act_order: of the two GPTQ methods; rank: low-rank part kept in 16 bits.
     """
 
@@ -96,11 +133,20 @@ class WeightScheme:
     block: int = 128
     act_order: bool = False
     rank: int = 0
+    clip: float = 1.0
+    rounded_inputs: bool = False
 
     def __post_init__(self) -> None:
         _choice("weight.method", self.method, WeightMethod)
         _choice("weight.grid", self.grid, Grid)
-        _need(self.bits in (2, 3, 4), f"weight.bits must be 2, 3 or 4, not {self.bits}")
+        _need(
+            self.bits in (2, 3, 4, 8, 16), f"weight.bits must be 2, 3, 4, 8 or 16, not {self.bits}"
+        )
+        rtn = self.method == "rtn"
+        _need(rtn or self.grid != "output", "weight.grid `output` goes with method rtn")
+        _need(rtn or self.clip == 1.0, "weight.clip goes with method rtn")
+        _need(not (rtn and self.rounded_inputs), "weight.rounded_inputs goes with GPTQ")
+        _need(0 < self.clip <= 1, f"weight.clip must lie in (0, 1], not {self.clip}")
         _need(self.group is None or self.group > 0, "weight.group must be positive or null")
         _need(self.damp > 0, f"weight.damp must be positive, not {self.damp}")
         _need(self.block > 0, f"weight.block must be positive, not {self.block}")
@@ -144,7 +190,12 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear layer is quantized."""
+    """How one linear layer is quantized.
+
+    balance: of a layer with 16-bit weights, scale its rows so that what it puts out is as in
+    full precision: `temperature`, queries, by the spread of each head's logits; `output`, an
+    output projection, by its rms (see calibration/balance.py).
+    """
 
     rotation: Rotation = Rotation()
     weight: WeightScheme = WeightScheme()
@@ -152,6 +203,24 @@ class Scheme:
     smoothing: Smoothing | None = None
     permutation: bool = False
     output_rotation: bool = False
+    learning: Learning | None = None
+    balance: Balance = "none"
+
+    def __post_init__(self) -> None:
+        _choice("balance", self.balance, Balance)
+        kept = self.weight.bits == 16
+        _need(kept or self.balance == "none", "balance takes a layer with weight.bits 16")
+        if kept:
+            plain = self.rotation.kind == "none" and self.activation.kind == "none"
+            plain &= self.smoothing is None and not self.permutation and not self.output_rotation
+            plain &= self.weight == WeightScheme(bits=16)
+            _need(plain, "a layer with weight.bits 16 takes nothing else but balance")
+        if self.learning is not None:
+            plain = self.rotation.kind == "none" and self.weight.method == "rtn"
+            _need(
+                self.smoothing is not None and plain and self.weight.rank == 0,
+                "learning takes a smoothing to start from, and neither rotation, GPTQ nor rank",
+            )
 
     @property
     def native(self) -> bool:

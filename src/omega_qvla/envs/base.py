@@ -27,6 +27,10 @@ class Env(Protocol):
 
     Stepping and observing are apart on purpose: a policy that executes a chunk
     of ten actions needs one observation in ten, and rendering is what costs.
+
+    Two more are used where a class has them. `reset_state(seed) -> None` is `reset` without
+    rendering. The classmethod `fingerprint(**options)` says what the results of an environment
+    with these options depend on, JSON-ready, without making a simulator.
     """
 
     @property

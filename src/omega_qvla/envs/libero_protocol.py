@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
+
+import yaml
 
 from omega_qvla.errors import ConfigError
 
 #: The suites, in the order in which tables list them.
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"scene": ("trial", "seed"), "rendering": ("libero", "fast"), "gripper": ("libero", "open-01")}
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,17 @@ class LiberoProtocol:
     caps:          step caps by suite.
     execute:       actions executed of each predicted chunk.
     settle_steps:  no-op actions before the policy sees anything: objects drop on the table.
-    seed:          seed of each reset. The shipped initial states hold joint positions only;
+    seed:          seed of the resets. The shipped initial states hold joint positions only;
                    where fixtures stand is drawn at the reset, so it is part of the protocol.
+    scene:         "trial": trial n has the fixtures of the n-th reset after seeding, as in a
+                   script that seeds once per task and then resets once per trial (openpi's).
+                   "seed": every trial has those of the first reset.
     trials:        episodes per task.
     offset:        the first of the task's shipped initial states that is used.
     camera_size:   edge of both rendered images in pixels.
+    rendering:     "libero" renders as LIBERO does; "fast" leaves out shadows, reflections and
+                   multisampling, in half the time. The pictures differ, so a published protocol
+                   is never "fast".
     rotate:        turn the renderer's raw images, which lie upside down, by 180 degrees. They
                    then are upright and mirrored, which is what LIBERO policies are trained on.
     gripper:       meaning of the last action entry: "libero" (-1 opens, 1 closes, passed on as
@@ -50,9 +65,11 @@ class LiberoProtocol:
     execute: int = 5
     settle_steps: int = 10
     seed: int = 7
+    scene: Literal["trial", "seed"] = "trial"
     trials: int = 50
     offset: int = 0
     camera_size: int = 256
+    rendering: Literal["libero", "fast"] = "libero"
     rotate: bool = True
     gripper: Literal["libero", "open-01"] = "libero"
     denoising_steps: int | None = None
@@ -64,8 +81,10 @@ class LiberoProtocol:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"LiberoProtocol.{name} must be at least {low}")
-        if self.gripper not in ("libero", "open-01"):
-            raise ConfigError(f"LiberoProtocol.gripper must be libero or open-01: {self.gripper!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = " or ".join(choices)
+                raise ConfigError(f"LiberoProtocol.{name} must be {known}: {getattr(self, name)!r}")
         if min(asdict(self.caps).values()) < 1:
             raise ConfigError("LiberoProtocol.caps must be at least 1")
 
@@ -124,17 +143,38 @@ PROTOCOLS: Mapping[str, LiberoProtocol] = MappingProxyType(
 )
 
 
-def libero_protocol(given: str | Mapping[str, Any] | LiberoProtocol) -> LiberoProtocol:
+def libero_protocol(
+    given: str | os.PathLike[str] | Mapping[str, Any] | LiberoProtocol,
+) -> LiberoProtocol:
     """A protocol by its published name, or the user's own.
 
+    given: a published name; the path of a YAML file with the settings of `LiberoProtocol`; those
+        settings as a mapping; or a protocol.
+
     Raises:
-        ConfigError: there is no such protocol, or a published name stands for other settings.
+        ConfigError: there is no such protocol or file, or a published name stands for other
+            settings.
     """
-    if isinstance(given, str):
-        if given not in PROTOCOLS:
-            raise ConfigError(f"unknown LIBERO protocol {given!r}; known: {', '.join(PROTOCOLS)}")
+    if isinstance(given, str) and given in PROTOCOLS:
         return PROTOCOLS[given]
+    if isinstance(given, str | os.PathLike):
+        given = _read_yaml(given)
     own = given if isinstance(given, LiberoProtocol) else LiberoProtocol.from_dict(given)
     if own.name in PROTOCOLS and own != PROTOCOLS[own.name]:
         raise ConfigError(f"protocol {own.name!r} is published: give changed settings a new name")
     return own
+
+
+def _read_yaml(given: str | os.PathLike[str]) -> Mapping[str, Any]:
+    path = Path(given)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"unknown LIBERO protocol {str(given)!r}; known: {', '.join(PROTOCOLS)}, or a YAML file"
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the LIBERO protocol {path}: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path}: a LIBERO protocol is a mapping of settings")
+    return data

@@ -29,23 +29,34 @@ _HIDDEN_BODIES = ("head", "pedestal", "right_arm_base_link", "right_l0", "right_
 _HIDDEN_GEOM_GROUP = 5
 
 
+def choose_gl() -> str | None:
+    """The headless GL backend that `import_mujoco` takes here; None if there is none.
+
+    A value set by the user wins. Without a GPU OSMesa comes first: same speed, and it needs
+    no device files.
+    """
+    if "MUJOCO_GL" in os.environ:
+        return os.environ["MUJOCO_GL"]
+    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dri").exists()
+    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+    order = ("egl", "osmesa") if has_gpu else ("osmesa", "egl")
+    found = (name for name in order if ctypes.util.find_library(libraries[name]))
+    return next(found, None)
+
+
 def import_mujoco() -> Any:
-    """Import mujoco with a headless GL backend that this machine has.
+    """Import mujoco with a headless GL backend that this machine has, see `choose_gl`.
 
     mujoco reads MUJOCO_GL once, at import, and its default wants a display: without one
-    the process aborts at the first image. A value set by the user wins. Without a GPU
-    OSMesa comes first: same speed, and it needs no device files.
+    the process aborts at the first image.
     """
     if "MUJOCO_GL" not in os.environ:
-        has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dri").exists()
-        libraries = {"egl": "EGL", "osmesa": "OSMesa"}
-        order = ("egl", "osmesa") if has_gpu else ("osmesa", "egl")
-        found = [name for name in order if ctypes.util.find_library(libraries[name])]
-        if not found:
+        chosen = choose_gl()
+        if chosen is None:
             raise EnvError(
                 "no headless OpenGL found: install libOSMesa or libEGL, or set MUJOCO_GL"
             )
-        os.environ["MUJOCO_GL"] = found[0]
+        os.environ["MUJOCO_GL"] = chosen
         # One process per core is how episodes run in parallel; a rasterizer's thread
         # pool per process on top of it only makes them wait for each other.
         os.environ.setdefault("LP_NUM_THREADS", "1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.layer_drift import ONCE, hooked, step_key
 from omega_qvla.evaluation.open_loop import batches
+from omega_qvla.modules.step_context import Step
 from omega_qvla.policies.observation import Observation
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class LayerDiagnostics:
 
     ranges_before, ranges_after: by denoising step (`ONCE` outside the loop).
     channels_before, channels_after: float32 [in_features], max |x| per channel.
+    clip_rates: by step, the share of entries that rounding cuts off at the end of its range.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerDiagnostics:
     ranges_after: Mapping[int, Range]
     channels_before: np.ndarray
     channels_after: np.ndarray
+    clip_rates: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def ratio_before(self) -> float:
@@ -97,8 +100,43 @@ def diagnose_layers(
             raise EvaluationError(f"layer {name!r} never ran: nothing to diagnose")
         before = {step: torch.cat(rows) for step, rows in sorted(seen[name].items())}
         after = {step: transform_input(rows, layer).float() for step, rows in before.items()}
-        result.append(_diagnose(name, layer.side, before, after))
+        clipped = {step: clip_rate(rows, layer, step) for step, rows in after.items()}
+        result.append(_diagnose(name, layer.side, before, after, clipped))
     return tuple(result)
+
+
+def clip_rate(x: Tensor, layer: QuantizedLayer, step: int = ONCE) -> float:
+    """Share of the entries of transformed inputs x [n, in] that lie beyond the range of integers.
+
+    By more than half a step, so that rounding moves them further than it moves any other; 0
+    where the layer does not round its inputs.
+    """
+    from omega_qvla.numerics.qparams import qrange
+
+    activation = layer.scheme.activation
+    if activation.kind == "none":
+        return 0.0
+    scale = _scales(x, layer, step)
+    low, high = qrange(activation.bits)
+    beyond = (x < (low - 0.5) * scale) | (x > (high + 0.5) * scale)
+    return float(beyond.double().mean())
+
+
+def _scales(x: Tensor, layer: QuantizedLayer, step: int) -> Tensor:
+    """The scale of every entry of transformed inputs x [n, in], as far as it broadcasts."""
+    from omega_qvla.kernels.registry import table_row
+    from omega_qvla.numerics.activation import expand_static
+    from omega_qvla.numerics.qparams import expand_groups, qrange
+
+    activation, width = layer.scheme.activation, layer.in_features
+    if activation.static:
+        assert layer.act_scale is not None  # a static scheme was built with its table
+        running = None if step == ONCE else Step(step, layer.num_steps or step + 1)
+        row = layer.act_scale[table_row(layer, running)]
+        return expand_static(row, width, activation.kind, activation.group)
+    group = activation.group if activation.kind == "per_token_group" else width
+    peaks = torch.stack([part.abs().amax(1) for part in torch.split(x, group, dim=1)], dim=1)
+    return expand_groups(peaks * (activation.clip / qrange(activation.bits)[1]), width, group)
 
 
 def worst_layers(errors: Mapping[str, Mapping[int, float]], count: int = 1) -> list[str]:
@@ -107,7 +145,11 @@ def worst_layers(errors: Mapping[str, Mapping[int, float]], count: int = 1) -> l
 
 
 def _diagnose(
-    name: str, side: str, before: Mapping[int, Tensor], after: Mapping[int, Tensor]
+    name: str,
+    side: str,
+    before: Mapping[int, Tensor],
+    after: Mapping[int, Tensor],
+    clipped: Mapping[int, float],
 ) -> LayerDiagnostics:
     return LayerDiagnostics(
         name=name,
@@ -116,6 +158,7 @@ def _diagnose(
         ranges_after={step: _range(x) for step, x in after.items()},
         channels_before=torch.cat(list(before.values())).abs().amax(0).numpy(),
         channels_after=torch.cat(list(after.values())).abs().amax(0).numpy(),
+        clip_rates=clipped,
     )
 
 
@@ -130,4 +173,4 @@ def _channel_ratio(channels: np.ndarray) -> float:
     return float(channels.max()) / median if median > 0 else float("inf")
 
 
-__all__ = ["ONCE", "LayerDiagnostics", "Range", "diagnose_layers", "worst_layers"]
+__all__ = ["ONCE", "LayerDiagnostics", "Range", "clip_rate", "diagnose_layers", "worst_layers"]

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-#: Distributions whose version can change a result.
-_PACKAGES = ("torch", "numpy", "mujoco", "metaworld")
+from omega_qvla.envs.rendering import choose_gl
+
+#: Distributions whose version can change a result, beside those of the simulator.
+_PACKAGES = ("torch", "numpy", "mujoco")
+_SIMULATORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"metaworld": ("metaworld",), "libero": ("robosuite", "hf-libero", "bddl")}
+)
 
 
-def environment() -> dict[str, str]:
+def environment(env: str = "metaworld") -> dict[str, str]:
     """Software and hardware of this process, name -> value, nothing imported for it.
 
-    Keys: python, torch, numpy, mujoco, metaworld ("not installed" where missing),
-    gl (OpenGL backend of the simulator's renderer), cpu, cores, threads, platform.
+    Keys: those of `versions`, gl, cpu, cores, threads, platform.
     """
-    return {**versions(), "gl": _gl(), **_machine()}
+    return {**versions(env), "gl": gl_backend(), **_machine()}
 
 
-def versions() -> dict[str, str]:
-    """Versions that make results comparable or not: mixing them in one file is refused."""
+def gl_backend() -> str:
+    """What the simulator's renderer draws with; other pixels make other episodes."""
+    return choose_gl() or "none"
+
+
+def versions(env: str = "metaworld") -> dict[str, str]:
+    """Versions that make results comparable or not: mixing them in one file is refused.
+
+    Keys: python, torch, numpy, mujoco, and what simulates `env`, "not installed" where
+    missing.
+    """
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_SIMULATORS.get(env, ())):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -51,13 +65,3 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
-
-
-def _gl() -> str:
-    """The backend in use, or the headless ones this machine offers."""
-    chosen = os.environ.get("MUJOCO_GL")
-    if chosen:
-        return chosen
-    libraries = {"osmesa": "OSMesa", "egl": "EGL"}
-    offered = [name for name, library in libraries.items() if ctypes.util.find_library(library)]
-    return f"available: {', '.join(offered)}" if offered else "none"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from omega_qvla.errors import ConfigError, EvaluationError
-from omega_qvla.evaluation.environment import versions
+from omega_qvla.errors import ConfigError
+from omega_qvla.evaluation import policies
+from omega_qvla.evaluation.environment import gl_backend, versions
 from omega_qvla.evaluation.records import Arm, Episode, Protocol
 
 #: Simulators by name; anything else is given as "module:function".
@@ -33,7 +30,9 @@ class Plan:
     env:            a name in `ENVIRONMENTS`, or "module:function"; the function takes
                     the task and `env_options` and returns an `Env`. The option of
                     metaworld is `size`, the edge of the images in pixels.
-    env_options:    keyword arguments of that function (JSON values).
+    env_options:    keyword arguments of that function (JSON values). Where it is a class
+                    with a classmethod `fingerprint(**env_options) -> dict`, results hold
+                    that instead: paths are no part of what was measured.
     loader:         "module:function" that turns an `Arm` into a policy. Functions are
                     named, not passed: worker processes import them.
     """
@@ -57,21 +56,28 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What every record of one results file has in common, JSON-ready."""
+        fingerprint = getattr(resolve(self.env), "fingerprint", dict)
         return {
             "protocol": asdict(self.protocol),
             "env": self.env,
-            "env_options": dict(self.env_options),
-            "versions": versions(),
+            "env_options": fingerprint(**self.env_options),
+            "versions": versions(self.env),
+            "gl": gl_backend(),
         }
 
     def arm_fingerprints(self) -> dict[str, dict[str, str]]:
-        """Per arm: backend, device, and the SHA-256 of the files it consists of.
-
-        Contents, not paths: a results file stays valid when a directory moves, and
-        does not when a pack is rebuilt differently under the same name.
-        """
+        """Per arm: what its results depend on, see `arm_fingerprint`."""
         hashes: dict[str, str] = {}
-        return {str(arm.key): _fingerprint(arm, hashes) for arm in self.arms}
+        return {str(arm.key): policies.arm_fingerprint(arm, self.env, hashes) for arm in self.arms}
+
+    def to_dict(self) -> dict[str, Any]:
+        """How to play it again: arms with their paths, environment, loader. JSON-ready."""
+        return {
+            "arms": [asdict(arm) for arm in self.arms],
+            "env": self.env,
+            "env_options": dict(self.env_options),
+            "loader": self.loader,
+        }
 
 
 def episodes(tasks: tuple[str, ...] | list[str], seeds: range | list[int]) -> tuple[Episode, ...]:
@@ -85,55 +91,4 @@ def resolve(target: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is no such function.
     """
-    module, _, name = ENVIRONMENTS.get(target, target).partition(":")
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"cannot import {target!r} ({error}); known: {', '.join(ENVIRONMENTS)}, "
-            "or module:function"
-        ) from error
-    return function
-
-
-def _fingerprint(arm: Arm, hashes: dict[str, str]) -> dict[str, str]:
-    found = {"backend": arm.backend, "device": arm.device}
-    # What is not set is not in the fingerprint: results files from before it could be stay valid.
-    if arm.act_bits is not None:
-        found["act_bits"] = str(arm.act_bits)
-    if arm.settings:
-        found["settings"] = json.dumps(arm.settings, sort_keys=True)
-    if arm.tokenizer is not None:
-        found["tokenizer"] = _tree_digest(Path(arm.tokenizer), hashes)
-    checkpoint = Path(arm.checkpoint)
-    if not checkpoint.exists():
-        raise EvaluationError(f"arm {arm.key}: no checkpoint at {checkpoint}")
-    found["checkpoint"] = _tree_digest(checkpoint, hashes)
-    if arm.pack is not None:
-        if not Path(arm.pack).is_file():
-            raise EvaluationError(f"arm {arm.key}: no pack at {arm.pack}")
-        found["pack"] = _file_digest(Path(arm.pack), hashes)
-    return found
-
-
-def _tree_digest(root: Path, hashes: dict[str, str]) -> str:
-    """SHA-256 over the names and contents of a file or of all files of a folder."""
-    files = [root]
-    if root.is_dir():
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-    return _digest(
-        f"{path.relative_to(root) if path != root else path.name}={_file_digest(path, hashes)}"
-        for path in files
-    )
-
-
-def _digest(lines: Any) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _file_digest(path: Path, hashes: dict[str, str]) -> str:
-    key = str(path.resolve())
-    if key not in hashes:
-        with path.open("rb") as stream:
-            hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes[key]
+    return policies.resolve(target, ENVIRONMENTS)

@@ -33,10 +33,13 @@ class Arm:
     label:      name of the arm ("full-precision", "rtn", "omega", ...).
     checkpoint: directory of a policy checkpoint. A variant (outlier channels) is a
                 checkpoint directory of its own, saved after the rescaling, because packs
-                are bound to the exact weights they were built from.
+                are bound to the exact weights they were built from. For a served policy
+                its address, "ws://host:port"; for a scripted one "".
     pack:       pack file, or None for full precision.
     backend:    kernel backend for the pack.
     device:     torch device.
+    policy:     None: the checkpoint's. Else what acts instead: "random", "oracle",
+                "served", or "module:function", see `omega_qvla.evaluation.policies`.
     act_bits, missing: of the pack (or bundle), as of `Engine.load`.
     settings, tokenizer, offline: of the checkpoint, as of `Engine.load`.
     """
@@ -48,6 +51,7 @@ class Arm:
     pack: str | None = None
     backend: str = "auto"
     device: str = "cpu"
+    policy: str | None = None
     act_bits: int | None = None
     missing: Literal["error", "fallback"] = "fallback"
     settings: Mapping[str, Any] | None = None
@@ -72,19 +76,25 @@ class Protocol:
     """How an episode is played, identically for every arm.
 
     execute:     actions executed of each predicted chunk before the next prediction.
-    max_steps:   control steps after which the episode has failed.
+    max_steps:   control steps after which the episode has failed; None leaves it to the
+                 environment, whose cap may differ by task.
+    denoising_steps: of every prediction; None leaves it to the policy.
     frame_size:  edge of recorded frames in pixels (recorded episodes only).
     frame_every: control steps between recorded frames.
     """
 
     execute: int = 5
-    max_steps: int = 200
+    max_steps: int | None = 200
+    denoising_steps: int | None = None
     frame_size: int = 160
     frame_every: int = 3
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
+            value = getattr(self, field.name)
+            if value is None and field.name in ("max_steps", "denoising_steps"):
+                continue
+            if value < 1:
                 raise ConfigError(f"Protocol.{field.name} must be at least 1")
 
 
@@ -96,7 +106,8 @@ class EpisodeRecord:
     steps:        control steps executed;  replans: chunks predicted.
     action_jerk:  rms third difference of the executed actions; None below 4 steps.
     path_jerk:    same of their running sum (the commanded path).
-    *_s:          wall time in seconds spent in physics, in rendering, in the policy.
+    *_s:          wall time in seconds spent in physics (the reset included), in
+                  rendering what the policy sees, in the policy. No part of the outcome.
     error:        None, or why the policy's action was not executed (the episode then
                   counts as failed: the robot has stopped).
     """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from omega_qvla.errors import EvaluationError
+from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.plan import Plan
-from omega_qvla.evaluation.records import EpisodeRecord
+from omega_qvla.evaluation.records import Arm, EpisodeRecord
 
 _FORMAT = 1
 
@@ -51,42 +52,108 @@ def _read(path: Path) -> tuple[dict[str, Any], list[EpisodeRecord]]:
 
 
 class ResultsFile:
-    """Appends records to a results file after checking that they belong there."""
+    """Appends records to a results file after checking that they belong there.
+
+    A context manager: while it is open, no other process can open the same file.
+    """
 
     def __init__(self, path: Path, plan: Plan) -> None:
         """Open `path` for `plan`, creating it if it does not exist.
 
         Raises:
             EvaluationError: the file was recorded under other settings, or with other
-                files behind one of the arms; the message says what differs.
+                files behind one of the arms (the message says what differs); or another
+                process has it open.
         """
         self.path = path
         header: dict[str, Any] = {
             "omega_qvla_results": _FORMAT,
             "settings": plan.settings(),
             "arms": plan.arm_fingerprints(),
+            "environment": environment(plan.env),
+            "plan": plan.to_dict(),
         }
         self.records: list[EpisodeRecord] = []
-        # A kill between creation and the header's line end leaves less than one line.
-        if path.exists() and b"\n" in path.read_bytes():
-            old, self.records = _read(path)
-            _check_same(path, old, header)
-            header["arms"] = {**old["arms"], **header["arms"]}
-        # Rewritten whole: drops a torn last line, and takes up arms added since.
-        with replace_file(path) as stream:
-            stream.write(_line(header))
-            for record in self.records:
-                stream.write(_line(record.to_dict()))
+        self._lock = _lock(path)
+        try:
+            # A kill between creation and the header's line end leaves less than one line.
+            if path.exists() and b"\n" in path.read_bytes():
+                old, self.records = _read(path)
+                check_same(path, old, header)
+                header = joined(old, header)
+            # Rewritten whole: drops a torn last line, and takes up arms added since.
+            write_results(path, header, self.records)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others open the file."""
+        self._lock.close()
 
     def append(self, record: EpisodeRecord) -> None:
-        """Write one line, in one system call, and wait until it is on the disk."""
+        """Write one line, in one system call, and wait until it is on the disk.
+
+        Raises:
+            EvaluationError: the disk took part of the line only; that part is taken back.
+        """
+        line = _line(record.to_dict())
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(handle, _line(record.to_dict()))
+            before = os.fstat(handle).st_size
+            if os.write(handle, line) != len(line):
+                os.ftruncate(handle, before)
+                raise EvaluationError(f"{self.path}: no room for another record on the disk")
             os.fsync(handle)
         finally:
             os.close(handle)
         self.records.append(record)
+
+
+def write_results(path: Path, header: Mapping[str, Any], records: Sequence[EpisodeRecord]) -> None:
+    """Write a whole results file, atomically."""
+    with replace_file(path) as stream:
+        stream.write(_line(header))
+        for record in records:
+            stream.write(_line(record.to_dict()))
+
+
+def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of both: all arms, at the paths that the newer one knows."""
+    arms = {
+        Arm(**arm).key: arm
+        for header in (old, new)
+        for arm in header.get("plan", {}).get("arms", [])
+    }
+    return {
+        **new,
+        "arms": {**old.get("arms", {}), **new.get("arms", {})},
+        "plan": {**new.get("plan", {}), "arms": list(arms.values())},
+    }
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Hold `path` for this process: the operating system lets go when it ends or dies."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the results, since these are replaced whole. Left there: to remove it would
+    # let a third process lock another file of the same name.
+    stream = path.with_name(f".{path.name}.lock").open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise EvaluationError(
+            f"{path} is being written by another evaluation: wait for it, or use another file"
+        ) from error
+    return stream
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -103,24 +170,43 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Settings must agree, and so must every arm that both know."""
-    known = old.get("arms", {})
-    common = {name: value for name, value in new["arms"].items() if name in known}
-    expected = _flat({"settings": new["settings"], "arms": common})
-    found = _flat(
-        {"settings": old.get("settings", {}), "arms": {name: known[name] for name in common}}
+def check_same(
+    path: Path, old: Mapping[str, Any], new: Mapping[str, Any], other: Path | None = None
+) -> None:
+    """Settings must agree, and so must every arm that both headers know.
+
+    Args:
+        old: the header of `path`. new: that of the file `other`, or what is wanted now.
+
+    Raises:
+        EvaluationError: they do not.
+    """
+    known, wanted = old.get("arms", {}), new.get("arms", {})
+    common = [name for name in wanted if name in known]
+    found = differences(
+        {"settings": old.get("settings", {}), "arms": {name: known[name] for name in common}},
+        {"settings": new.get("settings", {}), "arms": {name: wanted[name] for name in common}},
     )
-    differences = [
+    if found and other is not None:
+        raise EvaluationError(
+            f"{path} and {other} were recorded under other settings, and cannot be one result. "
+            f"{'; '.join(found)} (there: {path}, now: {other})"
+        )
+    if found:
+        raise EvaluationError(
+            f"{path} was recorded under other settings; use another file or delete it. "
+            + "; ".join(found)
+        )
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested dictionaries of JSON values, one line each."""
+    found, expected = _flat(there), _flat(now)
+    return [
         f"{key}: {found.get(key, 'absent')!r} there, {expected.get(key, 'absent')!r} now"
         for key in sorted(expected.keys() | found.keys())
         if expected.get(key) != found.get(key)
     ]
-    if differences:
-        raise EvaluationError(
-            f"{path} was recorded under other settings; use another file or delete it. "
-            + "; ".join(differences)
-        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,11 +9,13 @@ import numpy as np
 
 from omega_qvla.errors import ActionError, EvaluationError
 from omega_qvla.evaluation.records import Arm, Episode, EpisodeRecord, Protocol, Trace
+from omega_qvla.evaluation.scripted import SimulatorPolicy
 from omega_qvla.evaluation.smoothness import action_jerk, path_jerk
 
 if TYPE_CHECKING:
     from omega_qvla.envs.base import Env
     from omega_qvla.policies.base import Policy
+    from omega_qvla.policies.observation import Observation
 
 
 def noise_seed(seed: int, replan: int) -> int:
@@ -96,7 +98,7 @@ class _Recorder:
 
 
 def run_episode(
-    policy: Policy,
+    policy: Policy | SimulatorPolicy,
     env: Env,
     arm: Arm,
     episode: Episode,
@@ -106,9 +108,10 @@ def run_episode(
 ) -> tuple[EpisodeRecord, Trace]:
     """Play `episode` and say how it went.
 
-    The environment renders at the start and whenever a new chunk is needed, not at
-    every step. An `ActionError` of the policy (non-finite action) ends the episode as
-    failed, since that is where a robot stops; every other error is raised.
+    The environment renders at the start and whenever a new chunk is needed, not at every
+    step; for a `SimulatorPolicy` never. An action that is not finite, and an `ActionError`
+    of the policy, end the episode as failed with the reason in the record, since that is
+    where a robot stops; nothing of that chunk is executed. Every other error is raised.
 
     Returns the record and the trace (with frames only if `record_frames`).
 
@@ -118,16 +121,16 @@ def run_episode(
     """
     watch = _Stopwatch()
     recorder = _Recorder(env, protocol, record_frames)
-    observation = env.reset(episode.seed)
-    watch.lap("rendering")
+    observation = _start(policy, env, episode.seed, watch)
     success, done, error = False, False, None
     while not done:
         try:
-            chunk = policy.infer(observation, seed=noise_seed(episode.seed, len(recorder.replans)))
+            seed = noise_seed(episode.seed, len(recorder.replans))
+            chunk = _predict(policy, observation, seed, protocol.denoising_steps)
+            _check_chunk(chunk, env, 1 if observation is None else protocol.execute)
         except ActionError as problem:
             error = str(problem)
             break
-        _check_chunk(chunk, env, protocol)
         recorder.replans.append(len(recorder.actions))
         watch.lap("policy")
         for action in np.clip(chunk[: protocol.execute], -1.0, 1.0):
@@ -136,23 +139,60 @@ def run_episode(
             result = env.step(action)
             recorder.actions.append(np.asarray(action, np.float32))
             success = result.success
-            done = result.done or result.success or len(recorder.actions) >= protocol.max_steps
+            done = result.done or result.success or len(recorder.actions) == protocol.max_steps
             watch.lap("simulation")
             if done:
                 break
-        if not done:
+        if not done and observation is not None:
             observation = env.observe()
             watch.lap("rendering")
     recorder.frame(last=True)
     return _record(arm, episode, success, recorder, watch, error), recorder.trace(success)
 
 
-def _check_chunk(chunk: np.ndarray, env: Env, protocol: Protocol) -> None:
-    if chunk.ndim != 2 or chunk.shape[1] != env.action_dim or len(chunk) < protocol.execute:
+def _start(
+    policy: Policy | SimulatorPolicy, env: Env, seed: int, watch: _Stopwatch
+) -> Observation | None:
+    """Reset; the first observation, or None for a policy that needs none."""
+    # An environment of the user's own may have `reset` only; its time cannot be split.
+    reset_state = getattr(env, "reset_state", None)
+    observation: Observation | None = None
+    if reset_state is None:
+        observation = env.reset(seed)
+    else:
+        reset_state(seed)
+    watch.lap("simulation")
+    if isinstance(policy, SimulatorPolicy):
+        policy.begin(env, seed)
+        watch.lap("policy")
+        return None
+    if observation is None:
+        observation = env.observe()
+        watch.lap("rendering")
+    return observation
+
+
+def _predict(
+    policy: Policy | SimulatorPolicy, observation: Observation | None, seed: int, steps: int | None
+) -> np.ndarray:
+    """The next chunk [n, action_dim]; n = 1 for a policy that acts step by step."""
+    if isinstance(policy, SimulatorPolicy):
+        return np.asarray(policy.act())[None]
+    assert observation is not None
+    if steps is None:
+        return policy.infer(observation, seed=seed)
+    return policy.infer(observation, seed=seed, num_steps=steps)
+
+
+def _check_chunk(chunk: np.ndarray, env: Env, execute: int) -> None:
+    from omega_qvla.policies.base import check_actions  # brings torch
+
+    if chunk.ndim != 2 or chunk.shape[1] != env.action_dim or len(chunk) < execute:
         raise EvaluationError(
             f"the policy predicts chunks of shape {chunk.shape}, the evaluation needs at least "
-            f"({protocol.execute}, {env.action_dim}): check action_dim and Protocol.execute"
+            f"({execute}, {env.action_dim}): check action_dim and Protocol.execute"
         )
+    check_actions(chunk)
 
 
 def _record(

@@ -3,6 +3,7 @@
 from typing import Any
 
 def isa_names() -> list[str]: ...
+def peak_rate(isa: str = "") -> float: ...
 
 class Linear:
     def __init__(
@@ -36,3 +37,93 @@ class Linear:
     def nbytes(self) -> int: ...
     def run(self, x: int, rows: int, y: int, step: int, threads: int) -> None: ...
     def quantize(self, x: int, rows: int, step: int, q: int, scale: int) -> None: ...
+
+def norm(
+    x: int,
+    outer: int,
+    stride: int,
+    inner: int,
+    width: int,
+    gain: int,
+    shift: int,
+    per_gain: int,
+    plus: float,
+    eps: float,
+    center: bool,
+    y: int,
+    threads: int,
+) -> None: ...
+def gate(
+    gate: int,
+    up: int,
+    rows: int,
+    gate_stride: int,
+    up_stride: int,
+    width: int,
+    kind: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def rotate(
+    x: int,
+    tokens: int,
+    stride: int,
+    heads: int,
+    dim: int,
+    cos: int,
+    sin: int,
+    table: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def residual(
+    x: int, add: int, gate: int, rows: int, per_gate: int, width: int, y: int, threads: int
+) -> None: ...
+def attend(
+    q: tuple[int, ...],
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    rows: int,
+    dim: int,
+    keys: tuple[int, ...],
+    more: tuple[int, ...] | None,
+    scale: float,
+    causal: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+
+class Block:
+    def __init__(
+        self,
+        in_: Linear,
+        out: Linear,
+        up: Linear,
+        down: Linear,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        cross: bool,
+        center: bool,
+        gated: bool,
+        kind: int,
+        eps: float,
+        scale: float,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        y: int,
+        batch: int,
+        rows: int,
+        before: tuple[int, int, int],
+        after: tuple[int, int, int],
+        modulations: int,
+        cos: int,
+        sin: int,
+        table: int,
+        cache: tuple[int, ...] | None,
+        step: int,
+        threads: int,
+    ) -> None: ...

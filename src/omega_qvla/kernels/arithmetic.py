@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from omega_qvla.config.recipe import ActivationScheme
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import group_count, qrange
 
-# Smallest dynamic step: tokens and groups of zeros get it, and still round to zeros.
+# Smallest dynamic scale: tokens and groups of zeros get it, and still round to zeros.
 TINY = torch.finfo(torch.float32).tiny
 # Sums of a segment of products stay below this (csrc/layout.hpp reads them as floats).
 _MAX_SEGMENT_SUM = 1 << 22
@@ -51,9 +50,19 @@ def tail_factor(block: int, size: int) -> float:
     return float(torch.tensor(block / size).sqrt())
 
 
-def clip_factor(activation: ActivationScheme) -> float:
-    """Dynamic step over absmax, clip / qmax, a float32."""
-    return float(torch.tensor(activation.clip) / qrange(activation.bits)[1])
+def clip_factor(layer: QuantizedLayer) -> float:
+    """Dynamic scale over absmax before the norm: clip / qmax * norm, in float32."""
+    activation = layer.scheme.activation
+    return float(torch.tensor(activation.clip) / qrange(activation.bits)[1] * rotation_norm(layer))
+
+
+def round_scale(scale: Tensor, layer: QuantizedLayer) -> Tensor:
+    """Activation scales as they are used: those of groups with the 8 bits of a bfloat16.
+
+    A scale of 8 bits times a sum of up to 2^16 is exact: a backend may add it with a fused
+    instruction, which then rounds as a product and a sum do.
+    """
+    return scale.bfloat16().float() if activation_group(layer) else scale
 
 
 def activation_group(layer: QuantizedLayer) -> int:
@@ -77,7 +86,8 @@ def segmentation(layer: QuantizedLayer) -> tuple[int, int]:
     group = math.gcd(activation_group(layer), weight_group(layer))
     if not group:
         return layer.in_features, 1
-    largest = -qrange(4)[0] * -qrange(layer.scheme.activation.bits)[0]
+    weight_bits = max(4, layer.scheme.weight.bits)
+    largest = -qrange(weight_bits)[0] * -qrange(layer.scheme.activation.bits)[0]
     while group > _MAX_SEGMENT_SUM // largest - 1 and group % (2 * _SHORTEST) == 0:
         group //= 2
     return group, group_count(layer.in_features, group)
@@ -89,7 +99,6 @@ def round_share(share: Tensor) -> Tensor:
     return (raised - (raised - share)).float()
 
 
-def static_inverse(layer: QuantizedLayer) -> Tensor:
-    """norm / scale of a static table, f32, in its shape."""
-    assert layer.act_scale is not None
-    return torch.full_like(layer.act_scale, rotation_norm(layer)).div_(layer.act_scale)
+def inverse_scale(scale: Tensor, layer: QuantizedLayer) -> Tensor:
+    """norm / scale, one division: what takes a rotated input before its norm to the integers."""
+    return torch.full_like(scale, rotation_norm(layer)).div_(scale)

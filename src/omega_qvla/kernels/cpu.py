@@ -114,9 +114,18 @@ class NativeLayer:
         """Bytes of the repacked layer."""
         return self._linear.nbytes
 
+    @property
+    def linear(self) -> _native.Linear | None:
+        """The compiled layer, where nothing is left to do after it."""
+        return self._linear if self._undo is None else None
+
+    def row(self, step: StepLike | None) -> int:
+        """Row of the static table, 0 without one. Raises StepError outside its steps."""
+        return table_row(self, step) if self._static else 0
+
     def __call__(self, x: Tensor, step: StepLike | None) -> Tensor:
         """Raises StepError outside the steps of a static table."""
-        row = table_row(self, step) if self._static else 0
+        row = self.row(step)
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.omega_qvla.native_linear(x, self.number, row, self.out_features)
             return y

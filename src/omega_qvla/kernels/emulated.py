@@ -19,7 +19,7 @@ from torch.nn.functional import linear, pad
 
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.prologue import build_prologue, dense_blocks
-from omega_qvla.kernels.reference import ACTIVATION_KINDS
+from omega_qvla.kernels.reference import ACTIVATION_KINDS, WEIGHT_BITS
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, qrange
@@ -40,7 +40,15 @@ class EmulatedBackend:
     def capabilities(self) -> Capabilities:
         """Every activation kind, 4, 6 and 8 bits, CPU and CUDA; not native."""
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
+        return Capabilities(
+            self.name,
+            False,
+            ACTIVATION_KINDS,
+            frozenset({4, 6, 8}),
+            devices,
+            weight_bits=WEIGHT_BITS,
+            two_rotations=True,
+        )
 
     def available(self) -> tuple[bool, str]:
         """Always: it is plain torch."""
@@ -93,7 +101,8 @@ def _build_product(layer: QuantizedLayer) -> Product:
 
 def _sum_dtype(layer: QuantizedLayer, terms: int) -> torch.dtype:
     """float32 where sums of `terms` integer products are exact in it, else float64."""
-    largest = terms * -qrange(4)[0] * -qrange(layer.scheme.activation.bits)[0]
+    weight_bits = max(4, layer.scheme.weight.bits)
+    largest = terms * -qrange(weight_bits)[0] * -qrange(layer.scheme.activation.bits)[0]
     return torch.float32 if largest <= _EXACT else torch.float64
 
 
@@ -104,19 +113,21 @@ _Quantizer = Callable[[Tensor, "StepLike | None"], tuple[Tensor, Tensor]]
 
 def _quantizer(layer: QuantizedLayer) -> _Quantizer:
     act = layer.scheme.activation
-    (low, high), norm = qrange(act.bits), arithmetic.rotation_norm(layer)
+    low, high = qrange(act.bits)
     if not act.static:
-        factor = arithmetic.clip_factor(act)
+        factor, grouped = arithmetic.clip_factor(layer), arithmetic.activation_group(layer) > 0
+        norm = torch.tensor(arithmetic.rotation_norm(layer), device=layer.qweight.device)
 
         def dynamic(u: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
             scale = u.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(arithmetic.TINY)
-            q = torch.mul(u, scale.reciprocal()).round_().clamp_(low, high)
-            return q, scale.mul_(norm)
+            if grouped:
+                scale = scale.bfloat16().float()  # `arithmetic.round_scale`
+            return torch.mul(u, norm / scale).round_().clamp_(low, high), scale
 
         return dynamic
     assert layer.act_scale is not None
-    scales = layer.act_scale.unsqueeze(-1)
-    inverses = arithmetic.static_inverse(layer).unsqueeze(-1)
+    scales = arithmetic.round_scale(layer.act_scale.unsqueeze(-1), layer)
+    inverses = arithmetic.inverse_scale(scales, layer)
 
     def static(u: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
         row = table_row(layer, step)
@@ -177,7 +188,8 @@ def _segmented_product(layer: QuantizedLayer) -> Product:
         if groups * repeat > segments:
             q = q[:segments]
         if groups == 1:  # one scale for the whole row, or the step: it leaves the sum
-            y = _segment_sums(q.to(dtype), weight, None, segment_scale).mul_(scale.squeeze(1))
+            y = _segment_sums(q.to(dtype), weight, None, segment_scale)
+            y.mul_(scale.squeeze(1))
         else:
             if repeat > 1:
                 scale = scale.repeat_interleave(repeat, dim=1)[:, :segments]
@@ -195,7 +207,7 @@ def _segment_sums(
     """
     segments, rows, out = q.shape[0], q.shape[1], weight.shape[2]
     chunk = max(1, _PARTIAL_SUMS // max(1, rows * out))
-    total: Tensor | None = None
+    total = torch.zeros(rows, out, device=q.device)
     for start in range(0, segments, chunk):
         part = slice(start, start + chunk)
         sums = torch.bmm(q[part], weight[part]).float()
@@ -203,9 +215,8 @@ def _segment_sums(
             sums.mul_(x_scale[part])
         if segment_scale is not None:
             sums.mul_(segment_scale[part])
-        for added in sums.unbind(0):
-            total = added.clone() if total is None else total.add_(added)
-    assert total is not None
+        for terms in sums.unbind(0):
+            total.add_(terms)
     return total
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.kernels import arithmetic
+from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.rotation import apply_blocks
@@ -35,11 +36,14 @@ def build_prologue(layer: QuantizedLayer, device: torch.device) -> Prologue:
     factor = arithmetic.multiplier(layer)
     if factor is not None:
         factor = factor.to(device)
+    first = None if layer.first_rotation is None else layer.first_rotation.to(device)
     norm = 1.0 if layer.scheme.native else arithmetic.rotation_norm(layer)
 
     def prologue(x: Tensor) -> Tensor:
         if factor is not None:
             x = x * factor
+        if first is not None:
+            x = apply_shared(x.double(), first).float()
         if permutation is not None:
             x = x.index_select(1, permutation)
         x = x if rotate is None else rotate(x)
@@ -57,6 +61,9 @@ def _rotation(layer: QuantizedLayer, device: torch.device) -> Prologue | None:
     if kind == "hadamard":
         return _hadamard_blocks(width, block, device)
     assert layer.rotation is not None
+    if kind == "duquant":
+        shared = layer.rotation.to(device)
+        return lambda x: apply_shared(x.double(), shared).float()
     if layer.scheme.native:
         return _exact_blocks(layer.rotation.to(device=device, dtype=torch.float64))
     return dense_blocks(layer.rotation.to(device=device, dtype=torch.float32), width)

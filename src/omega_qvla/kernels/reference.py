@@ -9,9 +9,9 @@ float32, rounded, in this order (docs/native.md has the reasons):
     width: butterflies inside each run of 2^k, then for each output the sum, from the first run to
     the last, of the runs with the signs of the base matrix. Dense blocks: sums in float64, rounded
     once. What is left out, norm = 1 / sqrt(order), goes into the scales.
-3.  Dynamic: step = max(absmax * (clip / qmax), smallest normal float), q = u * (1 / step), scale =
-    step * norm. Static: q = u * (norm / scale). q to the nearest integer, halves to even, cut to
-    qmin .. qmax.
+3.  scale = max(absmax(u) * (clip / qmax * norm), smallest normal float), or from the static
+    table; scales of groups are rounded to bfloat16. q = u * (norm / scale), to the nearest
+    integer, halves to even, cut to qmin .. qmax.
 4.  Integer sums of each segment (`arithmetic.segmentation`): exact, converted to float32. Each is
     multiplied by the group's activation scale, where groups have one, then by the group's weight
     scale, likewise, and added to the segments before it.
@@ -33,6 +33,7 @@ from torch import Tensor
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.activation import expand_static
+from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, qrange
@@ -48,6 +49,7 @@ ACTIVATION_KINDS = frozenset(
         "per_step_channel",
     }
 )
+WEIGHT_BITS = frozenset({2, 3, 4, 8, 16})
 
 
 def transform_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
@@ -60,6 +62,8 @@ def rotate_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
     factor = arithmetic.multiplier(layer)
     if factor is not None:
         x = x * factor
+    if layer.first_rotation is not None:
+        x = apply_shared(x.double(), layer.first_rotation).float()
     if layer.permutation is not None:
         x = x[..., layer.permutation.long()]
     kind = layer.scheme.rotation.kind
@@ -70,6 +74,8 @@ def rotate_input(x: Tensor, layer: QuantizedLayer) -> Tensor:
     if kind == "hadamard":
         return _hadamard_blocks(x, layer.scheme.rotation.block)
     assert layer.rotation is not None
+    if kind == "duquant":
+        return apply_shared(x.double(), layer.rotation).float()
     return apply_blocks(x.double(), layer.rotation.double()).float()
 
 
@@ -117,14 +123,12 @@ def quantize_input(
     low, high = qrange(act.bits)
     if act.static:
         assert layer.act_scale is not None
-        row = table_row(layer, step)
-        scale = layer.act_scale[row].expand(u.shape[0], -1)
-        inverse = arithmetic.static_inverse(layer)[row].expand(u.shape[0], -1)
+        scale = layer.act_scale[table_row(layer, step)].expand(u.shape[0], -1)
     else:
-        factor = arithmetic.clip_factor(act)
         peak = torch.stack([part.abs().amax(1) for part in torch.split(u, group, dim=1)], dim=1)
-        smallest = (peak * factor).clamp_min(arithmetic.TINY)
-        inverse, scale = 1.0 / smallest, smallest * arithmetic.rotation_norm(layer)
+        scale = (peak * arithmetic.clip_factor(layer)).clamp_min(arithmetic.TINY)
+    scale = arithmetic.round_scale(scale, layer)
+    inverse = arithmetic.inverse_scale(scale, layer)
     inverse = expand_groups(inverse, width, group)
     return (u * inverse).round().clamp(low, high), scale
 
@@ -208,7 +212,15 @@ class ReferenceBackend:
 
     def capabilities(self) -> Capabilities:
         devices = frozenset({"cpu", "cuda"})
-        return Capabilities(self.name, False, ACTIVATION_KINDS, frozenset({4, 6, 8}), devices)
+        return Capabilities(
+            self.name,
+            False,
+            ACTIVATION_KINDS,
+            frozenset({4, 6, 8}),
+            devices,
+            weight_bits=WEIGHT_BITS,
+            two_rotations=True,
+        )
 
     def available(self) -> tuple[bool, str]:
         return True, "plain torch"

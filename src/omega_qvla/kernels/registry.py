@@ -41,6 +41,8 @@ class Capabilities:
     activation_kinds, activation_bits, devices (torch device types): all it covers.
     isa: instruction sets it was built for, for information.
     group_multiple: groups of inputs that share a scale must be multiples of this.
+    weight_bits: widths of the stored integers.
+    two_rotations: whether it rotates before the permutation too (`duquant`).
     """
 
     name: str
@@ -50,6 +52,8 @@ class Capabilities:
     devices: frozenset[str]
     isa: tuple[str, ...] = ()
     group_multiple: int = 1
+    weight_bits: frozenset[int] = frozenset({2, 3, 4})
+    two_rotations: bool = False
 
     def obstacle(self, scheme: Scheme) -> str | None:
         """Why the scheme cannot run here, or None if it can."""
@@ -59,6 +63,10 @@ class Capabilities:
             return f"activation kind {scheme.activation.kind} is not supported"
         if scheme.activation.kind != "none" and scheme.activation.bits not in self.activation_bits:
             return f"{scheme.activation.bits}-bit activations are not supported"
+        if scheme.weight.bits not in self.weight_bits:
+            return f"{scheme.weight.bits}-bit weights are not supported"
+        if scheme.rotation.kind == "duquant" and not self.two_rotations:
+            return "two rotations around a permutation (duquant) are not supported"
         groups = [] if scheme.weight.group is None else [scheme.weight.group]
         if scheme.activation.kind in ("per_token_group", "per_step_group"):
             groups.append(scheme.activation.group)

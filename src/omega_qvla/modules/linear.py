@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PackError
-from omega_qvla.kernels.registry import Backend, resolve_backend
+from omega_qvla.kernels.registry import Backend, Kernel, resolve_backend
+from omega_qvla.modules.shared import SharedProduct, groups_by_input
 from omega_qvla.modules.step_context import current_step
 from omega_qvla.numerics.layer import QuantizedLayer
 
@@ -19,21 +20,35 @@ class QuantLinear(nn.Module):
 
     It has no parameters: the weights live in the backend's own layout, on `device` for good.
     Steps come from `denoising_step`; only a layer with a table of scales per step needs one.
+
+    shared: the product that runs it together with layers of the same input, or None; place:
+    which of that product's outputs is its own. Alone, such a layer runs them all.
     """
 
     def __init__(
-        self, layer: QuantizedLayer, backend: Backend, device: torch.device | str = "cpu"
+        self,
+        layer: QuantizedLayer,
+        backend: Backend,
+        device: torch.device | str = "cpu",
+        shared: tuple[SharedProduct, int] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.side, self.scheme = layer.name, layer.side, layer.scheme
         self.backend = backend.name
         self.in_features = layer.in_features
         self.out_features = layer.out_features
-        self._kernel = backend.prepare(layer, torch.device(device))
+        self.shared: SharedProduct | None = None if shared is None else shared[0]
+        self.place = 0 if shared is None else shared[1]
+        self.kernel: Kernel | None = None
+        if shared is None:
+            self.kernel = backend.prepare(layer, torch.device(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises StepError outside its steps."""
-        return self._kernel(x, current_step())
+        if self.kernel is None:
+            assert self.shared is not None
+            return self.shared(x)[self.place]
+        return self.kernel(x, current_step())
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
@@ -49,12 +64,17 @@ def replace_linears(
     layers: Mapping[str, QuantizedLayer],
     backend: str | Backend = "auto",
     device: torch.device | None = None,
+    together: Iterable[Sequence[str]] = (),
 ) -> Backend:
     """Swap every `nn.Linear` named in `layers` (qualified name in `module`) for its quantized
     self, in place, on `device`, or each on the device of the weight that it replaces (which
     for a network on the meta device would be nowhere).
 
     All names and shapes are checked before anything is swapped. Returns the backend.
+
+    Args:
+        together: names of layers that the network runs through `modules.shared.project` on
+            one input. A native backend runs those that agree on its integers as one product.
 
     Raises:
         PackError: a name is missing, no nn.Linear, or of another shape.
@@ -65,11 +85,33 @@ def replace_linears(
     if isinstance(backend, str):
         first = next(iter(devices.values()), torch.device("cpu"))
         backend = resolve_backend(backend, layers.values(), first)
-    quantized = {name: QuantLinear(layers[name], backend, devices[name]) for name in found}
+    shared = _shared(layers, backend, devices, together)
+    quantized = {
+        name: QuantLinear(layers[name], backend, devices[name], shared.get(name)) for name in found
+    }
     for name, replacement in quantized.items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, replacement)
     return backend
+
+
+def _shared(
+    layers: Mapping[str, QuantizedLayer],
+    backend: Backend,
+    devices: Mapping[str, torch.device],
+    together: Iterable[Sequence[str]],
+) -> dict[str, tuple[SharedProduct, int]]:
+    """Layer name -> (the product that runs it, its place there), where it is not alone."""
+    if not backend.capabilities().native:
+        return {}
+    found: dict[str, tuple[SharedProduct, int]] = {}
+    for readers in together:
+        for names in groups_by_input(layers, readers):
+            if len({devices[name] for name in names}) > 1:
+                continue
+            product = SharedProduct.of(layers, names, backend, devices[names[0]])
+            found |= {name: (product, i) for i, name in enumerate(names)}
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omega_qvla.config.recipe import Scheme
 from omega_qvla.errors import NumericsError
+from omega_qvla.numerics.duquant import shared_block
 from omega_qvla.numerics.packing import unpack_int4
 from omega_qvla.numerics.qparams import group_count
 from omega_qvla.numerics.rotation import block_sizes
@@ -21,13 +22,16 @@ from omega_qvla.numerics.transform import InputTransform
 class QuantizedLayer:
     """Everything one quantized linear layer needs.
 
-    At run time: x / smooth -> permutation -> rotation -> quantize -> integer product with
-    qweight -> scales -> + low rank -> undo output rotation -> + bias.
+    At run time: x / smooth -> first rotation -> permutation -> rotation -> quantize ->
+    integer product with qweight -> scales -> + low rank -> undo output rotation -> + bias.
 
     num_steps: denoising steps it was calibrated for; None for a layer outside them.
-    qweight: uint8 [out, ceil(in / 2)], see `numerics.packing`.
+    qweight: uint8 [out, ceil(in / 2)], see `numerics.packing`; int8 [out, in] for 8 bits;
+    f16 [out, in] for 16, the weight itself, with the gain of each row as its scale.
     weight_scale: f16 [out, groups]. bias: f32 [out]. smooth: f16 [in].
-    permutation: int32 [in]. rotation: f16 [n_blocks, B, B], svd kinds. signs: int8 [in],
+    permutation: int32 [in]. rotation: f16 [n_blocks, B, B], svd kinds;
+    [1, B, B], used for every B channels, `duquant`, which has a first_rotation f16 [1, B, B]
+    before its permutation too. signs: int8 [in],
     randomized Hadamard kinds. output_rotation: f16 [n_blocks, B, B].
     act_scale: f32 [steps, 1 | groups | in] for static kinds; one row outside the steps.
     lowrank_a, lowrank_b: f16 [out, r] and [in, r].
@@ -54,6 +58,7 @@ class QuantizedLayer:
     act_scale: Tensor | None = None
     lowrank_a: Tensor | None = None
     lowrank_b: Tensor | None = None
+    first_rotation: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = expected_tensors(self)
@@ -78,11 +83,18 @@ class QuantizedLayer:
     def transform(self) -> InputTransform:
         """The change of basis of its input."""
         return InputTransform(
-            self.scheme.rotation, self.smooth, self.permutation, self.rotation, self.signs
+            self.scheme.rotation,
+            self.smooth,
+            self.permutation,
+            self.rotation,
+            self.signs,
+            self.first_rotation,
         )
 
     def integers(self) -> Tensor:
-        """The weight's integers, int8 [out, in]."""
+        """The weight's integers, int8 [out, in]; of 16 bits the weight itself, f16."""
+        if self.scheme.weight.bits >= 8:
+            return self.qweight
         return unpack_int4(self.qweight, self.in_features)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,13 +134,18 @@ def expected_tensors(layer: QuantizedLayer) -> dict[str, tuple[tuple[int, ...], 
     block = scheme.rotation.block
     half = torch.float16
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "qweight": ((rows, -(-width // 2)), torch.uint8),
+        "qweight": {8: ((rows, width), torch.int8), 16: ((rows, width), half)}.get(
+            scheme.weight.bits, ((rows, -(-width // 2)), torch.uint8)
+        ),
         "weight_scale": ((rows, group_count(width, scheme.weight.group)), half),
         "bias": ((rows,), torch.float32),
     }
     if scheme.smoothing is not None:
         expected["smooth"] = ((width,), half)
-    if scheme.permutation:
+    if scheme.rotation.kind == "duquant":
+        size = shared_block(width, block)
+        expected["first_rotation"] = expected["rotation"] = ((1, size, size), half)
+    if scheme.permutation or scheme.rotation.kind == "duquant":
         expected["permutation"] = ((width,), torch.int32)
     if scheme.rotation.kind in ("svd", "svd_hadamard"):
         expected["rotation"] = ((len(block_sizes(width, block)), block, block), half)

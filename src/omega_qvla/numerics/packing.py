@@ -1,4 +1,4 @@
-"""Two 4-bit integers in a byte, as the pack stores them.
+"""Integers as the pack stores them: two of up to 4 bits in a byte, 8 bits as they are.
 
 Byte j of a row holds column 2j in its low nibble and column 2j + 1 in its high nibble, each
 as value + 8. An odd width ends in a zero (nibble 8).
@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import NumericsError
+
+
+def pack_integers(q: Tensor, bits: int) -> Tensor:
+    """q [out, in] as stored: `pack_int4`, or q itself from 8 bits on."""
+    return q if bits >= 8 else pack_int4(q)
 
 
 def pack_int4(q: Tensor) -> Tensor:

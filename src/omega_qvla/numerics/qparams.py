@@ -20,6 +20,7 @@ GRIDS: dict[Grid, tuple[float, ...]] = {
     "max": (),
     "paper": tuple(1.0 / alpha for alpha in (0.5, 0.75, 1.0, 1.25, 1.5)),
     "fine": tuple(0.5 + 0.05 * i for i in range(12)),
+    "output": (),  # searched by output error elsewhere, see `search.output_scales`
 }
 # A layer whose step is below this has no precise 16-bit float: better refused than distorted.
 SMALLEST_STORED_STEP = 2.0**-20
@@ -73,8 +74,11 @@ def weight_scales(
     grid: Grid = "fine",
     *,
     store: torch.dtype | None = None,
+    clip: float = 1.0,
 ) -> Tensor:
     """Scales of `weight` [out, in], the best of `grid` by squared rounding error.
+
+    The candidates are fractions of clip * absmax / qmax.
 
     Returns [out, n_groups] in the weight's dtype; finite and positive, 1 where a group is all
     zero. With `store` (float16 in a pack) every candidate is rounded to that dtype before it
@@ -87,7 +91,7 @@ def weight_scales(
     if group is not None and group < 1:
         raise NumericsError(f"a group must have at least one column, not {group}")
     blocks = split_groups(weight, group)
-    absmax_scale = blocks.abs().amax(-1) / qrange(bits)[1]
+    absmax_scale = blocks.abs().amax(-1) * (clip / qrange(bits)[1])
     _check_storable(absmax_scale, store)
     # Rows are independent; a few at a time stay in the processor's cache for all candidates.
     rows = max(_CACHED // max(weight.shape[1], 1), 1)

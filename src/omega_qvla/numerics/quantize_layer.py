@@ -16,11 +16,13 @@ from omega_qvla.numerics.activation import (
     step_group_scale,
     step_tensor_scale,
 )
+from omega_qvla.numerics.duquant import duquant_transform
 from omega_qvla.numerics.gptq import EXACT_UP_TO, gptq, gptq_block
 from omega_qvla.numerics.hadamard import random_signs
 from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.learned import Learned, learn
 from omega_qvla.numerics.low_rank import low_rank_split
-from omega_qvla.numerics.packing import pack_int4
+from omega_qvla.numerics.packing import pack_integers
 from omega_qvla.numerics.permutation import zigzag_permutation
 from omega_qvla.numerics.phases import phase
 from omega_qvla.numerics.qparams import check_weight, weight_scales
@@ -30,16 +32,32 @@ from omega_qvla.numerics.rotation import (
     build_rotation,
 )
 from omega_qvla.numerics.rtn import round_weight
-from omega_qvla.numerics.smoothing import smoothing_divisor, weight_profile
+from omega_qvla.numerics.search import (
+    SEARCH_TOKENS,
+    divisor_for,
+    output_scales,
+    rounded_moments,
+    sample_tokens,
+    search_divisor,
+)
+from omega_qvla.numerics.smoothing import token_profile, weight_profile
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.numerics.transform import InputTransform
 
 HALF = torch.float16
+MOMENT_TOKENS = 4096  # that rounding noise is measured on
 
 
 def needs_stats(scheme: Scheme) -> bool:
     """Whether the scheme cannot do without calibration statistics."""
-    return scheme.smoothing is not None or scheme.activation.static or scheme.weight.method != "rtn"
+    weight = scheme.weight
+    return (
+        scheme.smoothing is not None
+        or scheme.activation.static
+        or scheme.rotation.kind == "duquant"
+        or weight.method != "rtn"
+        or weight.grid == "output"
+    )
 
 
 def quantize_layer(
@@ -74,9 +92,13 @@ def quantize_layer(
             raise NumericsError("the bias is not finite")
         stats = _checked_stats(name, weight, scheme, stats, num_steps)
         weight = weight.detach().float()
-        transform = build_transform(weight, scheme, stats, site_profile)
+        learned = None
+        if scheme.learning is not None and stats is not None:
+            divisor = smoothing_for(weight, scheme, stats, site_profile)
+            learned = learn(weight, stats.tokens, divisor, scheme)
+        transform = build_transform(weight, scheme, stats, site_profile, learned)
         output_rotation, a, b, rest = _to_round(weight, scheme, transform)
-        q, scale = round_to_grid(rest, scheme, stats, transform, consume)
+        q, scale = round_to_grid(rest, scheme, stats, transform, consume, learned)
         return QuantizedLayer(
             name=name,
             side=side,
@@ -84,7 +106,7 @@ def quantize_layer(
             out_features=weight.shape[0],
             scheme=scheme,
             num_steps=num_steps,
-            qweight=pack_int4(q),
+            qweight=pack_integers(q, scheme.weight.bits),
             weight_scale=scale.to(HALF),
             bias=None if bias is None else bias.detach().float(),
             smooth=transform.smooth,
@@ -95,6 +117,7 @@ def quantize_layer(
             act_scale=static_table(scheme, stats, transform),
             lowrank_a=a,
             lowrank_b=b,
+            first_rotation=transform.first,
         )
     except NumericsError as error:
         raise NumericsError(f"layer {name}: {error}") from error
@@ -111,19 +134,46 @@ def _checked_stats(
     return stats.to(weight.device)
 
 
+def smoothing_for(
+    weight: Tensor, scheme: Scheme, stats: LayerStats, site_profile: Tensor | None = None
+) -> Tensor:
+    """The smoothing divisor [in], float32, of a scheme that has one."""
+    smoothing = scheme.smoothing
+    assert smoothing is not None
+    if smoothing.profile != "rms":
+        profile = token_profile(stats.tokens, smoothing.profile)
+    elif smoothing.robust:
+        profile = stats.profile
+    else:
+        profile = stats.hessian.diagonal().clamp_min(0).sqrt()
+    if site_profile is None:
+        site_profile = weight_profile([weight], smoothing.profile)
+    site_profile = site_profile.to(weight.device)
+    if smoothing.search:
+        return search_divisor(weight, stats.tokens, profile, site_profile, scheme)
+    return divisor_for(smoothing, profile, site_profile, smoothing.alpha)
+
+
 def build_transform(
-    weight: Tensor, scheme: Scheme, stats: LayerStats | None, site_profile: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    stats: LayerStats | None,
+    site_profile: Tensor | None = None,
+    learned: Learned | None = None,
 ) -> InputTransform:
     """The change of basis for float32 weight [out, in], its parts as they are stored."""
     smooth = None
     if scheme.smoothing is not None and stats is not None:
-        robust = scheme.smoothing.robust
-        profile = stats.profile if robust else stats.hessian.diagonal().clamp_min(0).sqrt()
-        if site_profile is None:
-            site_profile = weight_profile([weight])
-        divisor = smoothing_divisor(profile, site_profile.to(weight.device), scheme.smoothing.alpha)
-        smooth = divisor.to(HALF)
+        if learned is not None:
+            smooth = learned.divisor
+        else:
+            smooth = smoothing_for(weight, scheme, stats, site_profile).to(HALF)
         weight = weight * smooth.float()
+    if scheme.rotation.kind == "duquant" and stats is not None:
+        x = sample_tokens(stats.tokens, SEARCH_TOKENS)
+        x = x if smooth is None else x / smooth.float()
+        first, order, second = duquant_transform(x, scheme.rotation.block)
+        return InputTransform(scheme.rotation, smooth, order, second, None, first)
     permutation = None
     if scheme.permutation:
         permutation = zigzag_permutation(weight).to(torch.int32)
@@ -158,15 +208,29 @@ def round_to_grid(
     stats: LayerStats | None,
     transform: InputTransform,
     consume: bool = False,
+    learned: Learned | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(q int8 [out, in], scale [out, groups]) of the transformed weight, by its method."""
+    """(q int8 [out, in], scale [out, groups]) of the transformed weight, by its method.
+
+    With 16 bits q is the weight itself.
+    """
     w = scheme.weight
+    if w.bits == 16:  # kept: the gains of the rows are 1 until something balances them
+        return weight.to(HALF), torch.ones(len(weight), 1, device=weight.device)
     if w.method == "rtn" or stats is None:
         with phase("scales"):
-            scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF)
+            if learned is not None:
+                scale = learned.scale
+            elif w.grid == "output" and stats is not None:
+                scale = output_scales(weight, transform.hessian_(stats.hessian.clone()), w, HALF)
+            else:
+                scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF, clip=w.clip)
             return round_weight(weight, scale, w.bits, w.group), scale
     with phase("factorize"):
         hessian = transform.hessian_(_own_hessian(stats.hessian, consume))
+        if w.rounded_inputs:
+            x = transform.activations(sample_tokens(stats.tokens, MOMENT_TOKENS))
+            hessian = rounded_moments(hessian, x, scheme.activation)
     if w.method == "gptq_block":
         return gptq_block(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, store=HALF)
     return gptq(

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from omega_qvla.config.recipe import Profile
 from omega_qvla.errors import NumericsError
 from omega_qvla.numerics.checks import require_finite, require_matrix, require_vector
 
@@ -52,8 +53,11 @@ def plain_profile(x: Tensor) -> Tensor:
     return x.to(torch.float64).square().mean(dim=0).sqrt().to(torch.float32)
 
 
-def weight_profile(weights: Sequence[Tensor]) -> Tensor:
-    """Channel rms over the rows of all layers that share the input: [out_i, in]... -> [in]."""
+def weight_profile(weights: Sequence[Tensor], kind: Profile = "rms") -> Tensor:
+    """Channel rms over the rows of all layers that share the input: [out_i, in]... -> [in].
+
+    kind `max`: the largest magnitude instead of the rms.
+    """
     if not weights:
         raise NumericsError("weight_profile needs at least one weight")
     width = weights[0].shape[-1]
@@ -63,9 +67,20 @@ def weight_profile(weights: Sequence[Tensor]) -> Tensor:
         require_matrix(weight, "weight")
         if weight.shape[1] != width:
             raise NumericsError(f"weights of one input have widths {width} and {weight.shape[1]}")
-        energy += weight.to(torch.float64).square().sum(dim=0)
-        rows += weight.shape[0]
+        if kind == "max":
+            energy = torch.maximum(energy, weight.abs().amax(dim=0).to(torch.float64).square())
+            rows = 1
+        else:
+            energy += weight.to(torch.float64).square().sum(dim=0)
+            rows += weight.shape[0]
     return (energy / rows).sqrt().to(torch.float32)
+
+
+def token_profile(tokens: Sequence[Tensor], kind: Profile) -> Tensor:
+    """Channel size over all steps' tokens [n_s, in]: largest or mean magnitude, float32 [in]."""
+    pooled = torch.cat([sample.float() for sample in tokens])
+    require_matrix(pooled, "activations")
+    return pooled.abs().amax(dim=0) if kind == "max" else pooled.abs().mean(dim=0)
 
 
 def smoothing_divisor(x_profile: Tensor, w_profile: Tensor, alpha: float = 0.5) -> Tensor:

@@ -1,4 +1,4 @@
-"""The change of basis of a quantized layer's input: smooth, permute, rotate.
+"""The change of basis of a quantized layer's input: smooth, (rotate,) permute, rotate.
 
 x' = R(P(x / d)) and W' = R(P(W * d)) leave x W^T unchanged. `rotation` are the values stored
 in the pack, so that building and running use the same numbers.
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omega_qvla.config.recipe import Rotation
 from omega_qvla.errors import NumericsError
+from omega_qvla.numerics.duquant import apply_shared, apply_shared_t
 from omega_qvla.numerics.hadamard import full_hadamard, full_hadamard_t, fwht, fwht_t
 from omega_qvla.numerics.permutation import inverse_permutation
 from omega_qvla.numerics.rotation import apply_blocks, apply_blocks_t
@@ -23,7 +24,8 @@ class InputTransform:
     """Everything that happens to a layer's input before it is rounded.
 
     smooth: divisor [in]; permutation: integers [in]; blocks: [n_blocks, B, B] for the svd
-    kinds; signs: +-1 [in] for randomized Hadamard kinds. None: that part is absent.
+    kinds, [1, B, B] for `duquant`; signs: +-1 [in] for randomized Hadamard kinds. first:
+    [1, B, B] of `duquant`, before the permutation. None: that part is absent.
     """
 
     rotation: Rotation
@@ -31,6 +33,7 @@ class InputTransform:
     permutation: Tensor | None = None
     blocks: Tensor | None = None
     signs: Tensor | None = None
+    first: Tensor | None = None
 
     def activations(self, x: Tensor) -> Tensor:
         """x [..., in] -> x' [..., in], in the dtype of x (float32 or float64)."""
@@ -59,13 +62,19 @@ class InputTransform:
             weight = fwht_t(weight, self.rotation.block, self.signs)
         elif kind == "full_hadamard":
             weight = full_hadamard_t(weight, self.signs)
+        elif kind == "duquant" and self.blocks is not None:
+            weight = apply_shared_t(weight, self.blocks)
         elif self.blocks is not None:
             weight = apply_blocks_t(weight, self.blocks)
         if self.permutation is not None:
             weight = weight[:, inverse_permutation(self.permutation)]
+        if self.first is not None:
+            weight = apply_shared_t(weight, self.first)
         return weight if self.smooth is None else weight / self.smooth.to(weight.dtype)
 
     def _permute_rotate(self, x: Tensor) -> Tensor:
+        if self.first is not None:
+            x = apply_shared(x, self.first)
         if self.permutation is not None:
             x = x[..., self.permutation.long()]
         kind = self.rotation.kind
@@ -76,5 +85,5 @@ class InputTransform:
         if kind != "none":
             if self.blocks is None:
                 raise NumericsError(f"rotation {kind} without its stored blocks")
-            return apply_blocks(x, self.blocks)
+            return (apply_shared if kind == "duquant" else apply_blocks)(x, self.blocks)
         return x

@@ -61,7 +61,8 @@ def apply_pack(
     if missing == "error":
         check_complete(policy, pack)
     layers = pack.layers if act_bits is None else with_activation_bits(pack.layers, act_bits)
-    used = replace_linears(policy.module, layers, backend)
+    together = [site.consumers for site in policy.sites()]
+    used = replace_linears(policy.module, layers, backend, together=together)
     sizes = pack.sizes()
     return ApplyReport(
         backend=used.name,

@@ -14,6 +14,7 @@ from omega_qvla.errors import OmegaError, PackError
 from omega_qvla.numerics.layer import TENSOR_FIELDS, QuantizedLayer
 from omega_qvla.pack.files import Header, hash_entries, read_header
 from omega_qvla.pack.manifest import Manifest, check_version, sha256_text
+from omega_qvla.pack.stored import StoredLayers
 from omega_qvla.pack.writer import FORMAT_NAME
 
 _METADATA = ("format", "format_version", "manifest", "manifest_sha256")
@@ -35,7 +36,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack in memory. Tensors are memory-mapped: they load when first touched."""
+    """A pack at hand. Layers are mapped from the file when asked for (`pack.stored`)."""
 
     path: Path
     manifest: Manifest
@@ -73,16 +74,18 @@ def read_pack(path: str | os.PathLike[str], verify: bool = True) -> Pack:
     if verify:
         check_hashes(path, header, manifest)
     tensors = load_tensors(path, header.entries)
-    layers = {}
     for name in manifest.layers:
         try:
-            layers[name] = _layer(name, manifest, tensors)
+            _layer(name, manifest, tensors)
         except PackError:
             raise
         except (OmegaError, TypeError, ValueError) as error:
             raise PackError(f"{path}: layer {name} cannot be built: {error}") from error
     if tensors:
         raise PackError(f"{path}: tensors of no layer in the manifest: {_some(tensors)}")
+    layers = StoredLayers(
+        path, header, tuple(manifest.layers), lambda name, found: _layer(name, manifest, found)
+    )
     return Pack(path, manifest, layers)
 
 

@@ -142,6 +142,8 @@ def _layer(
     if smooth is not None and not bool((torch.as_tensor(smooth) == 1).all()):
         raise NumericsError("`smooth_scale` divides the rotated input; a pack divides before it")
     bits = int(record.get("weight_bits", published.meta.get("weight_bits", 4)))
+    if bits > 4:
+        raise NumericsError(f"weight.bits {bits}: published packs hold integers of up to 4 bits")
     q, scale, group = _integers(stored, bits, _recorded_group(record, published.meta))
     permutation, rotation = input_rotation(record, linear.in_features)
     undo = output_rotation(record, linear.out_features)

@@ -93,15 +93,21 @@ def weight_nmse(layer: QuantizedLayer, weight: Tensor) -> float:
 
 
 def _layer_checks(layer: QuantizedLayer) -> Iterator[Check]:
+    if layer.scheme.weight.bits < 16:
+        yield _integer_check(layer)
+    faults = "; ".join(f"{name} {fault}" for name, fault in _tensor_faults(layer))
+    yield Check(layer.name, "tensors", not faults, faults or "finite, shaped as the scheme needs")
+
+
+def _integer_check(layer: QuantizedLayer) -> Check:
     low, high = qrange(layer.scheme.weight.bits)
     q = layer.integers()
     inside = bool((q >= low).all() and (q <= high).all())
-    padded = layer.in_features % 2 == 0 or bool((layer.qweight[:, -1] >> 4 == 8).all())
+    whole = layer.in_features % 2 == 0 or layer.scheme.weight.bits == 8
+    padded = whole or bool((layer.qweight[:, -1] >> 4 == 8).all())
     passed = inside and padded
     detail = f"within [{low}, {high}]" if passed else _integer_fault(inside)
-    yield Check(layer.name, "integers", passed, detail)
-    faults = "; ".join(f"{name} {fault}" for name, fault in _tensor_faults(layer))
-    yield Check(layer.name, "tensors", not faults, faults or "finite, shaped as the scheme needs")
+    return Check(layer.name, "integers", passed, detail)
 
 
 def _integer_fault(inside: bool) -> str:
@@ -125,6 +131,9 @@ def _tensor_faults(layer: QuantizedLayer) -> Iterator[tuple[str, str]]:
     if layer.signs is not None and not bool((layer.signs.abs() == 1).all()):
         yield "signs", "are not +-1"
     widths = {"rotation": layer.in_features, "output_rotation": layer.out_features}
+    if layer.first_rotation is not None:  # blocks that all columns share
+        size = layer.first_rotation.shape[-1]
+        widths |= {"rotation": size, "first_rotation": size}
     for name, width in widths.items():
         blocks = getattr(layer, name)
         if blocks is not None and not _orthogonal(blocks.float(), width):

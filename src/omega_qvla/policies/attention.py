@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from omega_qvla.kernels import rows
+
 
 def attend(
     q: Tensor,
@@ -45,3 +47,25 @@ def attend(
         scores = scores + mask
     attended: Tensor = scores.softmax(-1).to(v.dtype) @ v
     return attended
+
+
+def attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    """`attend` with the heads side by side, as the next layer reads them: [B, Q, heads * dim].
+
+    fast: with the compiled kernel, where it takes such tensors and no mask is given.
+    """
+    if fast and mask is None:
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out = rows.attend(q, (k, v), scale=factor, causal=causal)
+        if out is not None:
+            return out
+    return attend(q, k, v, mask, causal, scale).transpose(1, 2).flatten(2)

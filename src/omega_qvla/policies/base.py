@@ -156,7 +156,12 @@ class Policy(Protocol):
         ...
 
     def infer(
-        self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
+        self,
+        observation: Observation,
+        *,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """One chunk, float32 [H, action_dim] in raw units. Raises ActionError if not finite."""
         ...
@@ -179,6 +184,10 @@ class Policy(Protocol):
 
     def sites(self) -> tuple[Site, ...]:
         """Where quantized layers share an input, and what produces it."""
+        ...
+
+    def keep_conditioning(self) -> None:
+        """Compute what the denoising steps need of the weights alone once and for all."""
         ...
 
     def stages(self) -> tuple[Stage, ...]:
@@ -233,7 +242,12 @@ class PolicyBase(ABC):
 
     @torch.no_grad()
     def infer(
-        self, observation: Observation, *, seed: int = 0, noise: Tensor | None = None
+        self,
+        observation: Observation,
+        *,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
         """One action chunk for one observation.
 
@@ -241,6 +255,7 @@ class PolicyBase(ABC):
             observation: raw images, state and instruction.
             seed: of the noise, where `noise` is not given.
             noise: [H, A] or [1, H, A].
+            num_steps: denoising steps; None: the policy's own.
 
         Returns:
             float32 [H, action_dim], raw units.
@@ -254,7 +269,7 @@ class PolicyBase(ABC):
         if noise is None:
             noise = self.draw_noise(1, seed)
         noise = noise.reshape(1, self.action_horizon, self.model_action_dim).to(self.device)
-        actions: np.ndarray = self.finish(self.sample(prefix, noise), inputs)[0]
+        actions: np.ndarray = self.finish(self.sample(prefix, noise, num_steps), inputs)[0]
         check_actions(actions)
         return actions
 

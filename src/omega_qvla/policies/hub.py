@@ -43,7 +43,9 @@ def locate(
     if folder.is_dir():
         return folder
     if not is_repository(path):
-        raise CheckpointError(f"{folder} is not a directory: give the checkpoint's directory")
+        raise CheckpointError(
+            f"{folder} is not a directory: give the checkpoint's, or its id on the Hub (owner/name)"
+        )
     hub = _library(str(path))
     with _named_failures(str(path), offline):
         found = hub.snapshot_download(

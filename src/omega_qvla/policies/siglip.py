@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from omega_qvla.errors import ConfigError, ObservationError
-from omega_qvla.policies.attention import attend
+from omega_qvla.kernels import rows
+from omega_qvla.policies.attention import attend_heads
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class SiglipEmbeddings(nn.Module):
 class SiglipAttention(nn.Module):
     """Bidirectional multi-head attention over the patches of one image."""
 
+    fast = False
+
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -95,13 +98,14 @@ class SiglipAttention(nn.Module):
         q, k, v = (
             proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = attend(q, k, v)
-        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(attend_heads(q, k, v, fast=self.fast))
         return out
 
 
 class SiglipMlp(nn.Module):
     """Linear, tanh-GELU, linear."""
+
+    fast = False
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
@@ -109,7 +113,9 @@ class SiglipMlp(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        inner = self.fc1(x)
+        active = rows.gated("gelu", inner) if self.fast else None
+        out: Tensor = self.fc2(gelu(inner, approximate="tanh") if active is None else active)
         return out
 
 

@@ -17,6 +17,7 @@ from omega_qvla.errors import ActionError, BundleError, ConfigError
 from omega_qvla.pack.apply import ApplyReport, Missing, apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.base import Policy, check_actions
+from omega_qvla.policies.hasten import hasten
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy
 from omega_qvla.runtime.recorder import Recorder
@@ -53,6 +54,7 @@ class Engine:
         *,
         act_bits: int | None = None,
         missing: Missing = "fallback",
+        fast: bool = True,
         settings: Mapping[str, Any] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -65,6 +67,8 @@ class Engine:
 
         Args:
             act_bits, missing: as of `apply_pack`.
+            fast: prepare the policy for inference (`policies.hasten`): its weights must not
+                change afterwards.
             settings, tokenizer, revision, offline, cache: as of `load_policy`; a bundle needs
                 and takes neither settings nor a tokenizer.
 
@@ -84,25 +88,30 @@ class Engine:
                     f"{os.fspath(checkpoint)} is a bundle, which has its own settings and "
                     "tokenizer: leave them out, or bundle anew with others"
                 )
-            return cls(
+            engine = cls(
                 *load_bundle(checkpoint, backend, device, dtype, act_bits=act_bits, missing=missing)
             )
-        if pack is None and act_bits is not None:
-            raise ConfigError("act_bits are of a pack's activations, and there is no pack")
-        read = None if pack is None else read_pack(pack)
-        policy = load_policy(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            settings=settings,
-            tokenizer=tokenizer,
-            revision=revision,
-            offline=offline,
-            cache=cache,
-        )
-        if read is None:
-            return cls(policy)
-        return cls(policy, apply_pack(policy, read, backend, act_bits=act_bits, missing=missing))
+        else:
+            if pack is None and act_bits is not None:
+                raise ConfigError("act_bits are of a pack's activations, and there is no pack")
+            read = None if pack is None else read_pack(pack)
+            policy = load_policy(
+                checkpoint,
+                device=device,
+                dtype=dtype,
+                settings=settings,
+                tokenizer=tokenizer,
+                revision=revision,
+                offline=offline,
+                cache=cache,
+            )
+            report = None
+            if read is not None:
+                report = apply_pack(policy, read, backend, act_bits=act_bits, missing=missing)
+            engine = cls(policy, report)
+        if fast:
+            hasten(engine.policy)
+        return engine
 
     @property
     def backend(self) -> str:

@@ -81,6 +81,30 @@ class LeRobotDataset:
         observations = tuple(found[origin.episode, origin.step] for origin in chosen)
         return ObservationSet(observations, tuple(chosen), self.source)
 
+    def has(self, key: str) -> bool:
+        """Whether the dataset has a column of that name."""
+        return key in self.layout.features and not self.layout.features[key].is_camera
+
+    def actions(self, number: int, keys: Sequence[StateColumns]) -> np.ndarray:
+        """Recorded vectors of a whole episode, float64 [length, d], joined in the order of `keys`.
+
+        Raises:
+            CalibrationError: no such episode or key, or a file that is damaged.
+        """
+        if number not in self._episodes:
+            raise CalibrationError(f"{self.layout.root} has no episode {number}")
+        for part in keys:
+            if not self.has(part.key):
+                have = ", ".join(k for k in self.layout.features if self.has(k))
+                raise CalibrationError(f"{self.layout.root} has no {part.key!r}; it has: {have}")
+        episode = self._episodes[number]
+        where = f"{self.layout.root.name}, episode {number}"
+        table = self._rows(episode, list(dict.fromkeys(part.key for part in keys)))
+        steps = range(episode.length)
+        return np.concatenate(
+            [self._part(part, table, steps, episode, where) for part in keys], axis=1
+        )
+
     def _read(self, episode: Episode, steps: Sequence[int]) -> list[Observation]:
         """Observations of one episode at `steps`, ascending."""
         where = f"{self.layout.root.name}, episode {episode.index}"

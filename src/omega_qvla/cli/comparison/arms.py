@@ -93,11 +93,12 @@ def parse_arms(texts: Iterable[str]) -> tuple[ArmSpec, ...]:
 
 
 def describe(arm: ArmSpec) -> str:
-    """One line about an arm: the first of its preset's docstring, or what an ablation changes."""
+    """A line about an arm: the first sentence on its preset, or what an ablation changes."""
     words = []
     base, _, change = arm.recipe.name.partition("+")
     if arm.recipe.name in PRESETS:
-        words.append((PRESETS[arm.recipe.name].__doc__ or "").strip().splitlines()[0])
+        first, *_ = (PRESETS[arm.recipe.name].__doc__ or "").strip().split("\n\n")
+        words.append(" ".join(first.split()))
     elif base in PRESETS and change:
         words.append(f"{base} with {change.replace('+', ' and ').replace('-', ' ')}.")
     else:

@@ -68,7 +68,7 @@ class Builder:
         if cell.variant == OUTLIERS and not (cell.checkpoint / "model.safetensors").exists():
             say(f"{cell}: adding outlier channels")
             _make_outliers(cell)
-        self.policy: Policy = load_policy(cell.checkpoint)
+        self.policy: Policy = load_policy(cell.checkpoint, device=cell.plan.device)
         self._known: dict[int | None, tuple[ObservationSet, Calibration]] = {}
 
     def build(self, arm: ArmSpec) -> float | None:

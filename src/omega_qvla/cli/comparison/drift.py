@@ -130,7 +130,7 @@ class DriftMeter:
         """Run the arm's pack on the held-out observations and append the record."""
         cell = self._cell
         pack = cell.pack(arm)
-        quantized: Policy = load_policy(cell.checkpoint)
+        quantized: Policy = load_policy(cell.checkpoint, device=cell.plan.device)
         report = apply_pack(quantized, read_pack(pack), cell.plan.backend)
         chunks = predict_chunks(quantized, self._observations, self._seeds)
         cosines = chunk_cosines(self._expected, chunks)

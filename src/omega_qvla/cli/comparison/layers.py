@@ -54,7 +54,7 @@ def measure_layers(cell: Cell, policy: Policy, say: Say) -> None:
     for arm in plan.arms:
         say(f"{cell}: drift of {arm.name} by layer, {len(observations)} observations")
         pack = read_pack(cell.pack(arm.name))
-        quantized: Policy = load_policy(cell.checkpoint)
+        quantized: Policy = load_policy(cell.checkpoint, device=plan.device)
         apply_pack(quantized, pack, plan.backend)
         layers[arm.name] = layer_drift(policy, quantized, observations, seeds, list(pack.layers))
     shown = read_pack(cell.pack(plan.shown)).layers
@@ -103,4 +103,5 @@ def _diagnostics(plain: Mapping[str, Any]) -> LayerDiagnostics:
         ranges_after=ranges(plain["ranges_after"]),
         channels_before=np.array(plain["channels_before"], np.float32),
         channels_after=np.array(plain["channels_after"], np.float32),
+        clip_rates={int(step): rate for step, rate in plain["clip_rates"].items()},
     )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
 from omega_qvla.envs.metaworld import eval_seeds
 from omega_qvla.evaluation.executor import load_trace, run_evaluation, trace_path
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.plan import Plan, episodes
 from omega_qvla.evaluation.records import REFERENCE, Arm, ArmKey, Episode, EpisodeRecord, Trace
-from omega_qvla.evaluation.results import read_results
+from omega_qvla.evaluation.results import read_results, write_results
 
 _EVERY_S = 15.0
 
@@ -35,10 +34,16 @@ def evaluation_plan(plan: Comparison, keys: Iterable[ArmKey] | None = None) -> P
     arms = []
     for name, variant in sorted(plan.cells, key=lambda cell: plan.variants.index(cell[1])):
         checkpoint = str(plan.checkpoint(name, variant))
-        arms.append(Arm(REFERENCE, checkpoint, name, variant))
+        common: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "family": name,
+            "variant": variant,
+            "device": plan.device,
+        }
+        arms.append(Arm(REFERENCE, **common))
         for spec in plan.arms:
             pack = str(plan.pack(name, variant, spec.name))
-            arms.append(Arm(spec.name, checkpoint, name, variant, pack=pack, backend=plan.backend))
+            arms.append(Arm(spec.name, pack=pack, backend=plan.backend, **common))
     chosen = None if keys is None else set(keys)
     return Plan(
         tuple(arm for arm in arms if chosen is None or arm.key in chosen),
@@ -74,15 +79,20 @@ def unplayed(plan: Comparison) -> list[ArmKey]:
 
 def play(plan: Comparison, console: Console) -> list[EpisodeRecord]:
     """Play what is missing; returns everything, in the order of the file's arms and episodes."""
-    wanted = wanted_episodes(plan)
-    if not wanted:
-        return []
     missing = unplayed(plan)
     if missing:
         _play(plan, missing, console)
+    return played(plan)
+
+
+def played(plan: Comparison) -> list[EpisodeRecord]:
+    """The episodes of the comparison that are on record, whether that is all of them or not."""
+    wanted = set(wanted_episodes(plan))
+    if not wanted or not _has_header(results_file(plan)):
+        return []
     arms = {arm.key for arm in evaluation_plan(plan).arms}
     found = read_results(results_file(plan))[1]
-    return [record for record in found if record.key in arms and record.episode in set(wanted)]
+    return [record for record in found if record.key in arms and record.episode in wanted]
 
 
 def _play(plan: Comparison, missing: list[ArmKey], console: Console) -> None:
@@ -111,9 +121,12 @@ def forget_episodes(path: Path, labels: Iterable[str]) -> None:
     header["arms"] = {
         name: value for name, value in header["arms"].items() if name.split("/")[-1] not in dropped
     }
-    with replace_file(path) as stream:
-        for entry in [header, *(r.to_dict() for r in records if r.arm not in dropped)]:
-            stream.write((json.dumps(entry, allow_nan=False) + "\n").encode())
+    played = header.get("plan", {}).get("arms", [])
+    header["plan"] = {
+        **header.get("plan", {}),
+        "arms": [arm for arm in played if arm["label"] not in dropped],
+    }
+    write_results(path, header, [record for record in records if record.arm not in dropped])
 
 
 def _has_header(path: Path) -> bool:

@@ -39,6 +39,7 @@ class Comparison:
     merged: arms built as two packs that are merged, to show it.
     ratio: largest channel over the median one that the outlier variants get.
     env, env_options, collector: as in `evaluation.plan.Plan` and `sources.collect_episodes`.
+    backend, device: what runs the quantized layers, and where everything runs.
     command: what a user types to repeat it.
     """
 
@@ -66,6 +67,7 @@ class Comparison:
     collector: str = EXPERT
     protocol: Protocol = field(default_factory=Protocol)
     backend: str = "auto"
+    device: str = "cpu"
     command: str = "omega-qvla compare"
 
     @property
@@ -114,7 +116,7 @@ class Comparison:
             "seed": self.seed,
             "env": [self.env, dict(self.env_options)],
             "collector": self.collector,
-            "backend": self.backend,
+            "backend": self.backend if self.device == "cpu" else f"{self.backend}, {self.device}",
         }
 
     def bind(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from typing import Any
 
 from omega_qvla.cli.comparison.cells import Builder, Cell
@@ -27,6 +28,7 @@ from omega_qvla.cli.comparison.observations import collect_observations
 from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.processes import CONTEXT, process_pool
+from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
 from omega_qvla.evaluation.summary import Summary, add_drift, summarise
 
@@ -107,7 +109,8 @@ def redo(plan: Comparison, names: Iterable[str]) -> None:
     if settings.exists():
         known = json.loads(settings.read_text(encoding="utf-8"))
         known["arms"] = {n: v for n, v in known.get("arms", {}).items() if n not in dropped}
-        settings.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        with replace_file(settings) as stream:
+            stream.write((json.dumps(known, indent=1) + "\n").encode())
     for cell in plan.cells:
         for name in dropped:
             plan.pack(*cell, name).unlink(missing_ok=True)
@@ -132,8 +135,10 @@ def work_on(cell: Cell, said: Any) -> None:
     measured = read_drift(drift_file(plan))
     played = {key.arm for key in unplayed(plan) if key[:2] == (cell.name, cell.variant)}
     with_layers = plan.layer_samples and not layers_file(cell.folder).exists()
-    meter = None
+    meter, parent = None, parent_process()
     for arm in plan.arms:
+        if parent is not None and not parent.is_alive():
+            return  # a run that was killed; the next one may be at work on the same files
         record = measured.get(ArmKey(cell.name, cell.variant, arm.name))
         if record is not None and arm.name not in played and not with_layers:
             continue

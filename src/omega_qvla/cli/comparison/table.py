@@ -97,6 +97,7 @@ def markdown(plan: Comparison, results: Results) -> str:
         f"/ worst of {first.drift.count if first else 0} chunks ({plan.held_out} held-out "
         f"observations, {plan.draws} noise seed(s) each). Bytes of the quantized layers, percent "
         "of 16 bit, largest cell.\n",
+        _unmeasured(plan, results),
         table_text(*drift_table(plan, results)),
     ]
     for name, variants in results.summary.items():
@@ -109,6 +110,19 @@ def markdown(plan: Comparison, results: Results) -> str:
                     table_text(SUCCESS_COLUMNS, rows),
                 ]
     return "\n".join(parts)
+
+
+def _unmeasured(plan: Comparison, results: Results) -> str:
+    """Which arms lack a cell or all of them; nothing where the table is whole."""
+    lacking = {
+        arm.name: missing
+        for arm in plan.arms
+        if (missing := sum(ArmKey(*cell, arm.name) not in results.drift for cell in plan.cells))
+    }
+    if not lacking:
+        return ""
+    names = ", ".join(f"{name} ({count})" for name, count in lacking.items())
+    return f"Not measured yet (in so many of {len(plan.cells)} columns): {names}.\n"
 
 
 def _episodes(plan: Comparison, arms: Mapping[str, Values]) -> str:

@@ -83,7 +83,19 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
         help="held-out observations behind a map of drift by layer (default: 0, no map)",
     )
     group.add_argument(
+        "--record",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="tasks of which the first episode is filmed for the report (default: 0)",
+    )
+    group.add_argument(
         "--workers", type=at_least(1), default=2, metavar="N", help="processes (default: 2)"
+    )
+    group.add_argument(
+        "--no-run",
+        action="store_true",
+        help="build, measure and play nothing: tables of what is on record, gaps named",
     )
     group.add_argument(
         "--redo", metavar="NAME,...", help="forget what was measured of these arms first"
@@ -92,8 +104,9 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
 
 def run_recipes(args: argparse.Namespace, console: Console) -> int:
     """Compare, and write the tables and the page."""
+    from omega_qvla.cli.comparison.loop import played
     from omega_qvla.cli.comparison.observations import keep_recordings
-    from omega_qvla.cli.comparison.run import Laps, redo, run_comparison
+    from omega_qvla.cli.comparison.run import Laps, redo, results, run_comparison
     from omega_qvla.cli.comparison.table import show_tables, write_tables
 
     plan, recorded = plan_from_arguments(args)
@@ -103,14 +116,18 @@ def run_recipes(args: argparse.Namespace, console: Console) -> int:
         plan.bind()
         keep_recordings(plan, recorded)
     laps = Laps()
-    results = run_comparison(plan, console, laps)
-    files = write_tables(plan, results)
+    if args.no_run:
+        plan.bind()
+        found = results(plan, played(plan))
+    else:
+        found = run_comparison(plan, console, laps)
+    files = write_tables(plan, found)
     from omega_qvla.cli.comparison.report import make_report
 
     console.note("writing the report")
-    report = make_report(plan, results, plan.out / "report.html")
+    report = make_report(plan, found, plan.out / "report.html")
     laps.lap("report")
-    show_tables(plan, results, console)
+    show_tables(plan, found, console)
     for path in (*files.values(), report):
         console.text(str(path))
     console.text(", ".join(f"{stage} {value:.0f} s" for stage, value in laps.seconds.items()))
@@ -118,7 +135,7 @@ def run_recipes(args: argparse.Namespace, console: Console) -> int:
         {
             "out": str(plan.out),
             "report": str(report),
-            "families": results.summary,
+            "families": found.summary,
             "seconds": laps.seconds,
         }
     )
@@ -153,7 +170,7 @@ def plan_from_arguments(
         "work": args.work or args.out / "work",
         "episodes": episodes,
         "workers": args.workers,
-        "record": min(1, episodes),
+        "record": args.record if episodes else 0,
         "collect_episodes": args.expert_episodes,
         "num_samples": args.calibration_samples,
         "held_out": args.num_samples or HELD_OUT,
@@ -162,6 +179,7 @@ def plan_from_arguments(
         "shown": "omega" if "omega" in labels else labels[-1],
         "ratio": args.ratio,
         "backend": args.backend,
+        "device": args.device,
         "command": f"omega-qvla {shlex.join(sys.argv[1:])}",
     }
     recorded = _recordings(args, checkpoints, fields, [a.samples or 0 for a in arms])

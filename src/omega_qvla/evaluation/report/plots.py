@@ -96,7 +96,7 @@ def cosine_plot(data: ReportData) -> str:
             axis.set_ylim(len(mine) - 0.4, -0.6)
             axis.grid(axis="x")
             axis.grid(visible=False, axis="y")
-            _log_ticks(axis.xaxis)
+            log_ticks(axis.xaxis)
             axis.tick_params(axis="y", labelcolor=SENTINELS["ink"])
             axis.tick_params(axis="x", labelbottom=True)
             if row == rows - 1:
@@ -129,7 +129,7 @@ def drift_by_step(data: ReportData, views: list[DriftView], prefix: str) -> str:
             ys = [float(np.exp(np.mean(np.log(np.maximum(steps[x], 1e-12))))) for x in xs]
             axis.plot([x + 1 for x in xs], ys, "o-", color=colours[view.arm], ms=4, label=view.arm)
         axis.set_yscale("log")
-        _log_ticks(axis.yaxis)
+        log_ticks(axis.yaxis)
         axis.set_xticks(range(1, views[0].drift.num_steps + 1))
         axis.set_xlabel("denoising step")
         axis.set_ylabel("error / signal energy")
@@ -151,7 +151,7 @@ def ranges(layer: LayerDiagnostics, transform: str, prefix: str) -> str:
             axis.tick_params(axis="y", labelleft=True)
         axes[0, 0].set_ylabel("|x|")
         axes[0, 0].set_yscale("log")
-        _log_ticks(axes[0, 0].yaxis)
+        log_ticks(axes[0, 0].yaxis)
         return to_svg(made, prefix, f"activation ranges of {short_name(layer.name)} by step")
 
 
@@ -209,7 +209,7 @@ def _thinned(values: np.ndarray, most: int = 1024) -> tuple[np.ndarray, np.ndarr
     return np.arange(len(padded)) * stride, padded.max(axis=1)
 
 
-def _log_ticks(axis: Any) -> None:
+def log_ticks(axis: Any) -> None:
     """Decades only, or 1-2-5 where fewer than two decades are in view."""
     from matplotlib.ticker import (
         LogFormatterSciNotation,

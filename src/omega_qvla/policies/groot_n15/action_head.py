@@ -72,6 +72,7 @@ class ActionHead(nn.Module):
             VLSelfAttention(config.vl_self_attention) if config.use_vlln else None
         )
         self.baked: StepConditioning | None = None
+        self.kept: tuple[StepConditioning, ...] | None = None
         self.position_embedding = (
             nn.Embedding(config.max_seq_len, width) if config.add_pos_embed else None
         )
@@ -143,6 +144,21 @@ class ActionHead(nn.Module):
         device = self.future_tokens.weight.device
         return self.conditioning(self.buckets(num_steps).to(device))
 
+    def step_conditionings(self, num_steps: int) -> tuple[StepConditioning, ...]:
+        """Time conditioning of each step, kept where `keep_conditioning` did so."""
+        if self.kept is not None and len(self.kept) == num_steps:
+            return self.kept
+        times = self.step_conditioning(num_steps)
+        return tuple(times.at(s) for s in range(num_steps))
+
+    def keep_conditioning(self) -> None:
+        """Compute the conditioning of the usual steps once and for all. The weights that it
+        depends on must not change afterwards."""
+        steps = self.config.num_inference_timesteps
+        if self.baked is None or len(self.baked.buckets) == steps:
+            self.kept = None
+            self.kept = self.step_conditionings(steps)
+
     def tokens(self, prefix: Prefix, x_t: Tensor, tau: Tensor) -> Tensor:
         """[state | future | action] tokens [N, 1 + F + H, width] of x_t [N, H, A]."""
         actions = ActionEncoder.apply_selected(x_t.to(self.dtype), tau, prefix.encoder)
@@ -184,13 +200,18 @@ class ActionHead(nn.Module):
         expected = (prefix.batch, self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != expected:
             raise NumericsError(f"noise has shape {tuple(noise.shape)}, expected {expected}")
-        times = self.step_conditioning(steps) if conditioning is None else conditioning
-        if times.buckets.shape[0] != steps:
-            raise NumericsError(f"conditioning has {times.buckets.shape[0]} steps, not {steps}")
+        if conditioning is not None and conditioning.buckets.shape[0] != steps:
+            have = conditioning.buckets.shape[0]
+            raise NumericsError(f"conditioning has {have} steps, not {steps}")
+        times = (
+            self.step_conditionings(steps)
+            if conditioning is None
+            else [conditioning.at(step) for step in range(steps)]
+        )
         x = noise
         for step in range(steps):
             with denoising_step(step, steps):
-                x = x + self.velocity(prefix, x, times.at(step)).to(x.dtype) / steps
+                x = x + self.velocity(prefix, x, times[step]).to(x.dtype) / steps
         return x
 
     def step_independent_linears(self) -> tuple[str, ...]:

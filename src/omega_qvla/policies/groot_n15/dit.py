@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
-from omega_qvla.policies.groot_n15.blocks import Attention, FeedForward, KeyValue
+from omega_qvla.kernels import rows
+from omega_qvla.kernels.block import BlockShape
+from omega_qvla.modules.block import WholeBlock
+from omega_qvla.modules.shared import project
+from omega_qvla.policies.groot_n15.blocks import (
+    Attention,
+    FeedForward,
+    GeluProjection,
+    KeyValue,
+)
 from omega_qvla.policies.groot_n15.config import TransformerConfig
 from omega_qvla.policies.groot_n15.embodiment import action_time_code
 
@@ -69,6 +78,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
 class AdaLayerNorm(nn.Module):
     """LayerNorm (no weights, eps 1e-5) whose scale and shift come from the time embedding."""
 
+    fast = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 2 * width)
@@ -79,7 +90,8 @@ class AdaLayerNorm(nn.Module):
         return scale, shift
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return modulated_norm(x, scale, shift, 1e-5)
+        fast = rows.layer_norm(x, 1e-5, scale, shift) if self.fast else None
+        return modulated_norm(x, scale, shift, 1e-5) if fast is None else fast
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,30 @@ class DiTBlock(nn.Module):
             width, context, config.num_attention_heads, config.attention_head_dim
         )
         self.ff = FeedForward(width)
+        self.whole: WholeBlock | None = None
+
+    def fuse(self) -> None:
+        """Run as one native call from now on, where the layers that it has now allow it."""
+        attention, inner, outer = self.attn1, self.ff.net[0], self.ff.net[2]
+        assert isinstance(inner, GeluProjection)
+        readers = (attention.to_q, attention.to_k, attention.to_v)
+        groups: list[tuple[nn.Module, ...]] = [
+            readers[:1] if self.cross else readers,
+            (attention.to_out[0],),
+            (inner.proj,),
+            (outer,),
+        ]
+        shape = BlockShape(
+            attention.heads,
+            attention.heads,
+            attention.head_dim,
+            1e-5,
+            "layer",
+            "gelu",
+            False,
+            self.cross,
+        )
+        self.whole = WholeBlock.of(groups, shape)
 
     def forward(
         self,
@@ -144,14 +180,22 @@ class DiTBlock(nn.Module):
             keep: compute only the last `keep` tokens' outputs: [N, keep, D].
         """
         if keep is not None and self.cross:
-            x = x[:, -keep:]
+            x = x[:, -keep:].contiguous()
+        if self.whole is not None and mask is None and (keep is None or self.cross):
+            modulation = (scale, shift, None)
+            done = self.whole(x, modulation, (None, None, None), key_value)
+            if done is not None:
+                return done
         normed = self.norm1(x, scale, shift)
         if key_value is None:
-            key_value, mask = self.attn1.key_value(normed), None
-        if keep is not None:
-            x, normed = x[:, -keep:], normed[:, -keep:]
-        x = x + self.attn1(normed, key_value, mask)
-        out: Tensor = x + self.ff(layer_norm(x, (x.shape[-1],), eps=1e-5))
+            attended = self.attn1.attend_self(normed, keep)
+        else:
+            attended = self.attn1(normed, key_value, mask)
+        x = (x if keep is None else x[:, -keep:]) + attended
+        normed = rows.layer_norm(x, 1e-5) if self.norm1.fast else None
+        if normed is None:
+            normed = layer_norm(x, (x.shape[-1],), eps=1e-5)
+        out: Tensor = x + self.ff(normed)
         return out
 
 
@@ -189,10 +233,22 @@ class DiT(nn.Module):
         )
 
     def cross_key_values(self, features: Tensor) -> tuple[KeyValue | None, ...]:
-        """Per block, keys and values of the VL features [B, L, D]; None for self-attention."""
+        """Per block, keys and values of the VL features [B, L, D]; None for self-attention.
+
+        All cross blocks read the same features.
+        """
+        crossing = [block.attn1 for block in self.blocks if block.cross]
+        readers = [layer for attention in crossing for layer in (attention.to_k, attention.to_v)]
+        projected = iter(project(features, *readers))
         return tuple(
-            block.attn1.key_value(features) if block.cross else None for block in self.blocks
+            self._key_value(block.attn1, next(projected), next(projected)) if block.cross else None
+            for block in self.blocks
         )
+
+    @staticmethod
+    def _key_value(attention: Attention, keys: Tensor, values: Tensor) -> KeyValue:
+        # Contiguous, or every step would step over the other blocks' keys.
+        return attention.split(keys.contiguous()), attention.split(values.contiguous())
 
     def forward(
         self,

@@ -106,6 +106,10 @@ class GrootPolicy(PolicyBase):
     def step_independent_linears(self) -> tuple[str, ...]:
         return self.model.step_independent_linears()
 
+    @torch.no_grad()
+    def keep_conditioning(self) -> None:
+        self.model.action_head.keep_conditioning()
+
     def sites(self) -> tuple[Site, ...]:
         return (*self._language_sites(), *self._dit_sites())
 

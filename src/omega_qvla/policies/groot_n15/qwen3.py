@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from omega_qvla.policies.attention import attend
+from omega_qvla.kernels import rows
+from omega_qvla.modules.shared import project
+from omega_qvla.policies.attention import attend_heads
 from omega_qvla.policies.groot_n15.config import Qwen3Config
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    fast = False
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -19,6 +23,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        fast = rows.rms_norm(x, self.eps, self.weight) if self.fast else None
+        if fast is not None:
+            return fast
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         out: Tensor = self.weight * normed.to(x.dtype)
@@ -34,16 +41,24 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Apply the rotary `table` [2, L, head_dim] to x [B, heads, L, head_dim]."""
-    cos, sin = table.to(x.dtype)
+def rotate(x: Tensor, table: Tensor, fast: bool = False) -> Tensor:
+    """Apply the rotary `table` [2, L, head_dim] to x [B, L, heads, head_dim]."""
+    half = x.shape[-1] // 2
+    if fast:
+        cos, sin = table[:, :, :half].contiguous()
+        turned = rows.rotate(x, cos, sin)
+        if turned is not None:
+            return turned
+    cos, sin = table.to(x.dtype)[:, :, None]
     first, second = x.chunk(2, dim=-1)
-    turned: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned
+    out: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
+    return out
 
 
 class Qwen3Attention(nn.Module):
     """Grouped-query attention with RMSNorm on each head's q and k before the rotation."""
+
+    fast = False
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
@@ -59,16 +74,18 @@ class Qwen3Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, L] (True: attend) or None for plain causal."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        attended = attend(rotate(q, table), rotate(k, table), v, mask, causal=mask is None)
-        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(self.q_norm(q.view(heads)), table, self.fast).transpose(1, 2)
+        k = rotate(self.k_norm(k.view(heads)), table, self.fast).transpose(1, 2)
+        v = v.view(heads).transpose(1, 2)
+        out: Tensor = self.o_proj(attend_heads(q, k, v, mask, causal=mask is None, fast=self.fast))
         return out
 
 
 class Qwen3MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
+
+    fast = False
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
@@ -78,7 +95,9 @@ class Qwen3MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        active = rows.gated("silu", gate, up) if self.fast else None
+        out: Tensor = self.down_proj(silu(gate) * up if active is None else active)
         return out
 
 

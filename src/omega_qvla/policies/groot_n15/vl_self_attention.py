@@ -20,8 +20,7 @@ class SelfAttentionBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, self.attn1.key_value(normed), mask)
+        x = x + self.attn1.attend_self(self.norm1(x), mask=mask)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 

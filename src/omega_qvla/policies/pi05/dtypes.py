@@ -36,6 +36,6 @@ def cast_for_inference(model: nn.Module, dtype: torch.dtype) -> None:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off: flow time and the velocity need more digits than bfloat16 has."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

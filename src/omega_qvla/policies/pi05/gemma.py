@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from omega_qvla.kernels import rows
+from omega_qvla.kernels.block import BlockShape
+from omega_qvla.modules.block import WholeBlock
 from omega_qvla.modules.int8 import Int8Embedding
+from omega_qvla.modules.shared import project
 from omega_qvla.policies.attention import attend
 from omega_qvla.policies.pi05.config import GemmaConfig
 
@@ -35,8 +39,11 @@ class Rope(NamedTuple):
         angle = positions[..., None, None].float() * ROPE_THETA**-exponent
         return cls(angle.cos().to(dtype), angle.sin().to(dtype))
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, fast: bool = False) -> Tensor:
         """Rotate x [B, S, heads, head_dim], halves paired (not interleaved)."""
+        turned = rows.rotate(x, self.cos, self.sin) if fast else None
+        if turned is not None:
+            return turned
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
 
@@ -58,16 +65,23 @@ def rms_normalize(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """Gemma's RMSNorm: the weight is stored as its distance from one."""
 
+    fast = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        fast = rows.rms_norm(x, RMS_EPS, self.weight, plus=1.0) if self.fast else None
+        if fast is not None:
+            return fast
         return (rms_normalize(x) * (1.0 + self.weight.float())).to(x.dtype)
 
 
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose scale, shift and gate come from the flow time; `dense` is its only weight."""
+
+    fast = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,11 +93,16 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         scale, shift = modulation.scale.float(), modulation.shift.float()
+        fast = rows.rms_norm(x, RMS_EPS, scale, shift, plus=1.0) if self.fast else None
+        if fast is not None:
+            return fast
         return (rms_normalize(x) * (1.0 + scale) + shift).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query projections and the two ways they are attended with."""
+
+    fast = False
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -95,38 +114,49 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, narrow, bias=False)
         self.o_proj = nn.Linear(wide, config.width, bias=False)
 
-    def queries(self, x: Tensor, rope: Rope) -> Tensor:
-        """x [B, S, width] -> [B, kv_heads, group * S, head_dim]."""
-        batch, length = x.shape[:2]
-        q = rope.rotate(self.q_proj(x).view(batch, length, -1, self.head_dim))
-        q = q.view(batch, length, self.kv_heads, -1, self.head_dim)
-        return q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    def queries_keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, width] -> Q and K after RoPE, and V: [B, S, heads, head_dim] each."""
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        return self._rotated(q, rope), self._rotated(k, rope), self._heads(v)
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """x [B, S, width] -> K after RoPE and V, [B, kv_heads, S, head_dim] each."""
-        heads = (*x.shape[:2], self.kv_heads, self.head_dim)
-        k = rope.rotate(self.k_proj(x).view(heads))
-        v: Tensor = self.v_proj(x).view(heads)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        """x [B, S, width] -> K after RoPE and V, [B, S, kv_heads, head_dim] each."""
+        k, v = project(x, self.k_proj, self.v_proj)
+        return self._rotated(k, rope), self._heads(v)
 
-    def output(self, attended: Tensor, length: int) -> Tensor:
-        """[B, kv_heads, group * length, head_dim] -> [B, length, width]."""
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim)
+
+    def _rotated(self, x: Tensor, rope: Rope) -> Tensor:
+        return rope.rotate(self._heads(x), self.fast)
+
+    def _fold_heads(self, q: Tensor) -> Tensor:
+        """Q [B, S, heads, head_dim] -> [B, kv_heads, group * S, head_dim]."""
+        q = q.view(*q.shape[:2], self.kv_heads, -1, self.head_dim)
+        return q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def _unfold_heads(self, attended: Tensor, length: int) -> Tensor:
+        """[B, kv_heads, group * length, head_dim] -> [B, length, heads * head_dim]."""
         heads = attended.reshape(len(attended), self.kv_heads, -1, length, self.head_dim)
-        out: Tensor = self.o_proj(heads.permute(0, 3, 1, 2, 4).flatten(2))
-        return out
+        return heads.permute(0, 3, 1, 2, 4).flatten(2)
 
-    def attend_prefix(
-        self, x: Tensor, k: Tensor, v: Tensor, rope: Rope, bias: Tensor | None
-    ) -> Tensor:
-        """Bidirectional self-attention of the prefix x [B, S, width] over its own k, v.
+    def attend_prefix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Bidirectional self-attention of the prefix: q, k, v as `queries_keys_values` has them.
 
-        bias: None, or additive [B, 1, 1, S] that masks padded keys.
+        bias: None, or additive [B, 1, 1, S] that masks padded keys. -> [B, S, width].
         """
-        q = self.queries(x, rope)
-        if bias is not None:
-            bias = bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
-        attended = attend(q, k, v, bias, scale=self.scale)
-        return self.output(attended, x.shape[1])
+        keys = (k.transpose(1, 2), v.transpose(1, 2))
+        attended = None
+        if self.fast and bias is None:
+            attended = rows.attend(q.transpose(1, 2), keys, scale=self.scale)
+        if attended is None:
+            folded = self._fold_heads(q)
+            if bias is not None:
+                bias = bias.to(q.dtype).expand(-1, 1, folded.shape[2], -1)
+            out = attend(folded, *keys, bias, scale=self.scale)
+            attended = self._unfold_heads(out, q.shape[1])
+        projected: Tensor = self.o_proj(attended)
+        return projected
 
     def attend_suffix(
         self, x: Tensor, cache: tuple[Tensor, Tensor], rope: Rope, bias: Tensor | None
@@ -137,18 +167,35 @@ class Attention(nn.Module):
         belong to observation b, and share its cache without copying it.
         bias: None, or additive [B, 1, 1, S] that masks padded prefix keys.
         """
-        q = self.queries(x, rope) * self.scale
-        own_k, own_v = self.keys_values(x, rope)
-        cached_k, cached_v = cache
-        count, rows = len(cached_k), q.shape[2]
+        q, k, v = self.queries_keys_values(x, rope)
+        own = (k.transpose(1, 2), v.transpose(1, 2))
+        attended = None
+        if self.fast and bias is None:
+            attended = rows.attend(q.transpose(1, 2), cache, own, scale=self.scale)
+        if attended is None:
+            out = self._attend_both(self._fold_heads(q) * self.scale, cache, own, bias)
+            attended = self._unfold_heads(out.to(x.dtype), x.shape[1])
+        projected: Tensor = self.o_proj(attended)
+        return projected
+
+    @staticmethod
+    def _attend_both(
+        q: Tensor,
+        cache: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Scaled q [B*R, kv_heads, rows, head_dim] over both sets of keys, same shape."""
+        (cached_k, cached_v), (own_k, own_v) = cache, own
+        count, rows_ = len(cached_k), q.shape[2]
         old = (_fold(q, count) @ cached_k.mT).float()
         if bias is not None:
             old = old + bias
-        scores = torch.cat((_unfold(old, rows), (q @ own_k.mT).float()), dim=-1)
-        probabilities = scores.softmax(-1).to(x.dtype)
+        scores = torch.cat((_unfold(old, rows_), (q @ own_k.mT).float()), dim=-1)
+        probabilities = scores.softmax(-1).to(q.dtype)
         size = cached_k.shape[2]
-        attended = _unfold(_fold(probabilities[..., :size], count) @ cached_v, rows)
-        return self.output(attended + probabilities[..., size:] @ own_v, x.shape[1])
+        attended = _unfold(_fold(probabilities[..., :size], count) @ cached_v, rows_)
+        return attended + probabilities[..., size:] @ own_v
 
 
 def _fold(x: Tensor, count: int) -> Tensor:
@@ -166,6 +213,8 @@ def _unfold(x: Tensor, rows: int) -> Tensor:
 class Mlp(nn.Module):
     """down(gelu_tanh(gate(x)) * up(x))."""
 
+    fast = False
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
@@ -173,8 +222,11 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate: Tensor = gelu(self.gate_proj(x), approximate="tanh")
-        out: Tensor = self.down_proj(gate * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        active = rows.gated("gelu", gate, up) if self.fast else None
+        out: Tensor = self.down_proj(
+            gelu(gate, approximate="tanh") * up if active is None else active
+        )
         return out
 
 
@@ -193,11 +245,18 @@ class PrefixLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-> (x, K, V); with `only_cache` the block stops at K and V and x is unchanged."""
         normed = self.input_layernorm(x)
-        k, v = self.self_attn.keys_values(normed, rope)
         if only_cache:
-            return x, k, v
-        x = x + self.self_attn.attend_prefix(normed, k, v, rope, bias)
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+            k, v = self.self_attn.keys_values(normed, rope)
+            return x, *_cached(k, v)
+        q, k, v = self.self_attn.queries_keys_values(normed, rope)
+        x = x + self.self_attn.attend_prefix(q, k, v, bias)
+        return x + self.mlp(self.post_attention_layernorm(x)), *_cached(k, v)
+
+
+def _cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, S, kv_heads, head_dim] as the cache holds them. V may be a part of a joint product's
+    result: a copy lets go of the rest."""
+    return k.transpose(1, 2), v.contiguous().transpose(1, 2)
 
 
 class LanguageModel(nn.Module):
@@ -238,12 +297,29 @@ class LanguageModel(nn.Module):
 class ExpertLayer(nn.Module):
     """One block of the action expert: adaRMS norms, gated residuals."""
 
+    fast = False
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = Mlp(config)
         self.input_layernorm = AdaRMSNorm(config.width)
         self.post_attention_layernorm = AdaRMSNorm(config.width)
+        self.whole: WholeBlock | None = None
+
+    def fuse(self) -> None:
+        """Run as one native call from now on, where the layers that it has now allow it."""
+        attention, mlp = self.self_attn, self.mlp
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        dim, kv_heads = attention.head_dim, attention.kv_heads
+        heads = attention.o_proj.in_features // dim
+        shape = BlockShape(heads, kv_heads, dim, RMS_EPS, "rms", "gelu", gated=True)
+        self.whole = WholeBlock.of(groups, shape)
 
     def forward(
         self,
@@ -254,10 +330,18 @@ class ExpertLayer(nn.Module):
         modulations: tuple[Modulation, Modulation],
     ) -> Tensor:
         before, after = modulations
+        if self.whole is not None and bias is None:
+            done = self.whole(x, before, after, cache, rope)
+            if done is not None:
+                return done
         attended = self.self_attn.attend_suffix(self.input_layernorm(x, before), cache, rope, bias)
-        x = x + attended * before.gate.to(x.dtype)
+        x = self._add(x, attended, before.gate)
         out: Tensor = self.mlp(self.post_attention_layernorm(x, after))
-        return x + out * after.gate.to(x.dtype)
+        return self._add(x, out, after.gate)
+
+    def _add(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        done = rows.residual(x, branch, gate) if self.fast else None
+        return x + branch * gate.to(x.dtype) if done is None else done
 
 
 class Expert(nn.Module):

@@ -91,6 +91,18 @@ class BakedConditioning:
         return self.conditioning
 
 
+@dataclass(frozen=True)
+class KeptConditioning:
+    """The conditioning of each step of the usual grid, computed once: weights and grid alone
+    decide it.
+
+    time: float32 [T], on the CPU.
+    """
+
+    time: Tensor
+    steps: tuple[StepConditioning, ...]
+
+
 class _VisionTower(nn.Module):
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
@@ -143,6 +155,7 @@ class Pi05Model(nn.Module):
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
         self.baked: BakedConditioning | None = None
+        self.kept: KeptConditioning | None = None
 
     @property
     def vision(self) -> SiglipVisionModel:
@@ -289,13 +302,37 @@ class Pi05Model(nn.Module):
         with full_precision(self.time_mlp_in.weight.device):
             return StepConditioning(self.expert.modulations(self.time_embedding(time)))
 
-    def velocity(self, prefix: Prefix, x_t: Tensor, cond: StepConditioning) -> Tensor:
+    def step_conditionings(self, time_grid: Tensor) -> tuple[StepConditioning, ...]:
+        """`conditioning` of each time of the grid, kept where `keep_conditioning` did so."""
+        if self.kept is not None and torch.equal(time_grid.cpu(), self.kept.time):
+            return self.kept.steps
+        cond = self.conditioning(time_grid)
+        return tuple(cond.step(s) for s in range(len(time_grid)))
+
+    def keep_conditioning(self) -> None:
+        """Compute the conditioning of the usual grid once and for all. The weights that it
+        depends on must not change afterwards."""
+        if self.baked is None or len(self.baked.time) == self.config.num_inference_steps:
+            self.kept = None
+            grid = self.time_grid(self.config.num_inference_steps)
+            self.kept = KeptConditioning(grid, self.step_conditionings(grid))
+
+    def suffix_rope(self, prefix: Prefix, length: int) -> Rope:
+        """Rotary tables of `length` suffix tokens per sample: they follow the valid prefix."""
+        offsets = torch.arange(length, device=prefix.num_valid.device)
+        positions = prefix.num_valid.repeat_interleave(prefix.repeats)[:, None] + offsets
+        return Rope.at(positions, self.config.expert.head_dim, self.compute_dtype)
+
+    def velocity(
+        self, prefix: Prefix, x_t: Tensor, cond: StepConditioning, rope: Rope | None = None
+    ) -> Tensor:
         """One pass of the expert.
 
         Args:
             prefix: B observations, each shared by `prefix.repeats` samples.
             x_t: noisy actions [B * repeats, H, action_dim].
             cond: conditioning of one time (all samples) or of B * repeats times (one each).
+            rope: `suffix_rope(prefix, H)`, if the caller keeps it.
 
         Returns:
             The velocity d x / d t, [B * repeats, H, action_dim], float32.
@@ -311,9 +348,8 @@ class Pi05Model(nn.Module):
         with full_precision(x_t.device):
             x: Tensor = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
         x = x.to(self.compute_dtype)
-        offsets = torch.arange(x.shape[1], device=x.device)
-        positions = prefix.num_valid.repeat_interleave(prefix.repeats)[:, None] + offsets
-        rope = Rope.at(positions, self.config.expert.head_dim, self.compute_dtype)
+        if rope is None:
+            rope = self.suffix_rope(prefix, x.shape[1])
         x = self.expert(x, prefix.keys, prefix.values, rope, prefix.bias, cond.modulations)
         with full_precision(x_t.device):
             v_t: Tensor = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
@@ -343,11 +379,12 @@ class Pi05Model(nn.Module):
             raise ConfigError(f"num_steps {num_steps} and {len(time_grid)} times disagree")
         total = len(time_grid)
         dt = torch.tensor(-1.0 / total, dtype=torch.float32).item()
-        cond = self.conditioning(time_grid)
+        steps = self.step_conditionings(time_grid)
         x_t = noise.float()
+        rope = self.suffix_rope(prefix, x_t.shape[1])
         for s in range(total):
             with denoising_step(s, total):
-                x_t = x_t + dt * self.velocity(prefix, x_t, cond.step(s))
+                x_t = x_t + dt * self.velocity(prefix, x_t, steps[s], rope)
         return x_t
 
     def _check_prefix(

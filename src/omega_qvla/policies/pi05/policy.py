@@ -106,6 +106,10 @@ class Pi05Policy(PolicyBase):
         ]
         return (*norms, f"{_EXPERT}.norm.dense", "time_mlp_in", "time_mlp_out")
 
+    @torch.no_grad()
+    def keep_conditioning(self) -> None:
+        self.model.keep_conditioning()
+
     def sites(self) -> tuple[Site, ...]:
         config = self.model.config
         backbone = _gemma_sites(_LANGUAGE, config.vlm, adaptive=False, other=_EXPERT)
