@@ -9,8 +9,8 @@ What a build costs (time, memory, bytes) depends on sizes, not on what the weigh
 learned, so this stands in for checkpoints that are not free to pass on. Weights are normal
 with variance 1 / fan-in (residual outputs less), written one tensor at a time in bfloat16.
 Outlier channels as real checkpoints have them are put in by scaling channels up where they
-are produced and down where they are read: attention and MLP inputs 12 to 27 times the median,
-inputs of down projections 24 to 200 times, in a few layers two channels by thousands.
+are produced and down where they are read: some channels of attention and MLP inputs by 6 to 12,
+of the inputs of down projections by 24 to 200, in a few layers two channels by thousands.
 """
 
 from __future__ import annotations
