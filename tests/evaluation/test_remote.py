@@ -9,7 +9,8 @@ from omega_qvla.evaluation.executor import run_evaluation
 from omega_qvla.evaluation.plan import Plan, episodes
 from omega_qvla.evaluation.policies import arm_fingerprint
 from omega_qvla.evaluation.records import Arm, Protocol
-from omega_qvla.policies.registry import load_policy, save_policy
+from omega_qvla.policies.registry import save_policy
+from omega_qvla.runtime.engine import Engine
 from omega_qvla.serving.server import PolicyServer, describe
 from policies.tiny import tiny_pi05
 
@@ -35,7 +36,7 @@ def test_the_same_episodes_as_in_process(tmp_path, steps):
     protocol = Protocol(denoising_steps=steps)
     here = Arm("full-precision", str(checkpoint), "pi05")
     expected = run(here, tmp_path / "a.jsonl", protocol=protocol)
-    policy = load_policy(checkpoint)
+    policy = Engine.load(checkpoint).policy  # as `omega-qvla serve` and the executors load it
     with PolicyServer(policy, describe(policy, "none", {}), port=0).background() as port:
         assert run(served(port), tmp_path / "b.jsonl", protocol=protocol) == expected
         # The file of a server is that of no other one, wherever it listens.
