@@ -38,6 +38,7 @@ from omega_qvla.calibration.observers import exact_products
 from omega_qvla.calibration.samples import read_observations
 from omega_qvla.calibration.streaming import stream
 from omega_qvla.config.presets import preset
+from omega_qvla.config.recipe import Scheme
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.numerics.phases import Stopwatch
 from omega_qvla.numerics.quantize_layer import quantize_layer
@@ -164,7 +165,17 @@ def inputs(shape: Shape) -> Tensor:
     return x.bfloat16()
 
 
-def measure(shape: Shape) -> Row:
+def scheme_of(side: str, rounding: str) -> Scheme:
+    """`omega`'s scheme of a side; with `rounding` "published", weights as the backbone's are there
+    (each block of 128 columns alone), without the smoothing and residual that it does not have."""
+    scheme = getattr(preset("omega"), side).scheme
+    if rounding == "omega":
+        return scheme
+    weight = preset("omega-paper").backbone.scheme.weight
+    return replace(scheme, weight=weight, smoothing=None)
+
+
+def measure(shape: Shape, rounding: str) -> Row:
     """Both procedures on one layer, the passes of the policy not yet charged."""
     x = inputs(shape)
     weight = torch.empty(shape.rows, shape.width).normal_(
@@ -196,12 +207,10 @@ def measure(shape: Shape) -> Row:
     their_round, _ = clock(partial(published_rounding, weight, hessian))
     del hessian
     our_time, stats = clock(our_stats)
-    side = getattr(preset("omega"), shape.side)
+    scheme = scheme_of(shape.side, rounding)
 
     def our_layer() -> Any:
-        return quantize_layer(
-            "layer", shape.side, weight, None, side.scheme, stats, None, consume=True
-        )
+        return quantize_layer("layer", shape.side, weight, None, scheme, stats, None, consume=True)
 
     our_round, _ = clock(our_layer)
     return Row(
@@ -282,6 +291,12 @@ def main() -> None:
     parser.add_argument("observations", type=Path)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--rounding",
+        choices=["omega", "published"],
+        default="omega",
+        help="ours with full GPTQ, or with the published block-local one (default: omega)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy, weights = open_policy(args.checkpoint, dtype=torch.bfloat16)
@@ -293,7 +308,7 @@ def main() -> None:
     rows = []
     for shape in todo:
         found = known.get((shape.side, shape.rows, shape.width))
-        rows.append(measure(shape) if found is None else found)
+        rows.append(measure(shape, args.rounding) if found is None else found)
         write_record(args, record, rows)
         print(rows[-1], flush=True)
     one = time_of_pass(policy, weights, observation)
@@ -307,12 +322,14 @@ def read_record(args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier run has measured, or an empty record."""
     if args.json.exists():
         record: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8"))
-        if (record["family"], record["threads"]) != (args.family, args.threads):
-            raise SystemExit(f"{args.json} is of another family or number of threads")
+        asked = (args.family, args.threads, args.rounding)
+        if (record["family"], record["threads"], record.get("rounding", "omega")) != asked:
+            raise SystemExit(f"{args.json} is of another family, number of threads or rounding")
         return record
     return {
         "family": args.family,
         "threads": args.threads,
+        "rounding": args.rounding,
         "samples": SAMPLES,
         "rows": [],
         "environment": environment(),
