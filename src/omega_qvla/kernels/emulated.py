@@ -19,7 +19,7 @@ from torch.nn.functional import linear, pad
 
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.prologue import build_prologue, dense_blocks
-from omega_qvla.kernels.reference import ACTIVATION_KINDS, WEIGHT_BITS
+from omega_qvla.kernels.reference import every_scheme
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.qparams import expand_groups, qrange
@@ -39,16 +39,7 @@ class EmulatedBackend:
 
     def capabilities(self) -> Capabilities:
         """Every activation kind, 4, 6 and 8 bits, CPU and CUDA; not native."""
-        devices = frozenset({"cpu", "cuda"})
-        return Capabilities(
-            self.name,
-            False,
-            ACTIVATION_KINDS,
-            frozenset({4, 6, 8}),
-            devices,
-            weight_bits=WEIGHT_BITS,
-            two_rotations=True,
-        )
+        return every_scheme(self.name)
 
     def available(self) -> tuple[bool, str]:
         """Always: it is plain torch."""

@@ -205,22 +205,26 @@ def _linear_by_value(x: Tensor, layer: QuantizedLayer, step: StepLike | None) ->
     return y if layer.bias is None else y + layer.bias.double()
 
 
+def every_scheme(name: str) -> Capabilities:
+    """Of a backend in plain torch: every scheme, 4, 6 and 8 bits, CPU and CUDA; not native."""
+    return Capabilities(
+        name,
+        False,
+        ACTIVATION_KINDS,
+        frozenset({4, 6, 8}),
+        frozenset({"cpu", "cuda"}),
+        weight_bits=WEIGHT_BITS,
+        two_rotations=True,
+    )
+
+
 class ReferenceBackend:
     """The oracle as a backend: slow, for checks."""
 
     name = "reference"
 
     def capabilities(self) -> Capabilities:
-        devices = frozenset({"cpu", "cuda"})
-        return Capabilities(
-            self.name,
-            False,
-            ACTIVATION_KINDS,
-            frozenset({4, 6, 8}),
-            devices,
-            weight_bits=WEIGHT_BITS,
-            two_rotations=True,
-        )
+        return every_scheme(self.name)
 
     def available(self) -> tuple[bool, str]:
         return True, "plain torch"
