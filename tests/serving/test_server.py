@@ -105,6 +105,10 @@ def test_bad_requests_are_answered_and_the_next_is_served():
             (wire.pack({}), "lacks observation/image"),
             (wire.pack({**good, wire.SEED: -1}), "seed must be an integer"),
             (wire.pack({**good, wire.SEED: 1.5}), "seed must be an integer"),
+            (wire.pack({**good, wire.NUM_STEPS: 0}), "num_steps must be 1 to"),
+            (wire.pack({**good, wire.NUM_STEPS: 10**9}), "num_steps must be 1 to"),
+            (wire.pack({**good, wire.STATE: np.array(["up", "down"])}), "must be numbers"),
+            (wire.pack({**good, wire.STATE: np.zeros(2, "m8[s]")}), "must be numbers"),
         ):
             raw.send(bad)
             answer = raw.recv()

@@ -66,7 +66,7 @@ class RemotePolicy:
                 raise ActionError(text)
             raise EvaluationError(f"the server at {self._address} answers: {answer}")
         actions = wire.unpack(answer).get(wire.ACTIONS)
-        if not isinstance(actions, np.ndarray):
+        if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "iuf":
             raise EvaluationError(f"the server at {self._address} sent no array of actions")
         return actions.astype(np.float32)
 

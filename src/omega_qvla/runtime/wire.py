@@ -50,6 +50,8 @@ def read_observation(message: Mapping[str, Any], cameras: tuple[str, ...]) -> Ob
     for key in wanted[:-1]:
         if not isinstance(message[key], np.ndarray):
             raise ObservationError(f"{key} must be an array, not {type(message[key]).__name__}")
+    if message[STATE].dtype.kind not in "biuf":
+        raise ObservationError(f"{STATE} must be numbers, not {message[STATE].dtype}")
     if not isinstance(message[PROMPT], str):
         raise ObservationError(f"{PROMPT} must be text, not {type(message[PROMPT]).__name__}")
     images = {name: message[image_key(name)] for name in cameras}

@@ -26,6 +26,9 @@ from omega_qvla.runtime.recorder import Recorder
 
 #: Two cameras of 1080p and some: more than that is a mistake, or an attack.
 MAX_MESSAGE_BYTES = 32 * 2**20
+#: Requests are answered one after another: a client that asks for a million steps is
+#: everybody's stop. Policies are trained for 4 to 10.
+MAX_NUM_STEPS = 1000
 _INTERNAL_ERROR = 1011
 
 
@@ -190,6 +193,8 @@ def _options(message: Mapping[str, Any]) -> dict[str, int]:
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ObservationError(f"{name} must be an integer from 0, not {value!r}")
+    if not 1 <= options.get("num_steps", 1) <= MAX_NUM_STEPS:
+        raise ObservationError(f"num_steps must be 1 to {MAX_NUM_STEPS}: {options['num_steps']}")
     return options
 
 
