@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -170,8 +171,8 @@ def test_two_evaluations_do_not_write_one_file(arms, tmp_path):
             run(plan(arms[:1]), out, workers=0)
         # Another process is refused just the same.
         code = (
-            "import sys; from pathlib import Path; from omega_qvla.evaluation.results import _lock;"
-            "_lock(Path(sys.argv[1]))"
+            "import sys; from pathlib import Path; from omega_qvla.evaluation import results;"
+            "results.results_lock(Path(sys.argv[1]))"
         )
         call = subprocess.run(
             [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False
@@ -187,9 +188,29 @@ def test_a_full_disk_leaves_no_half_line(arms, tmp_path, monkeypatch):
     write = os.write
     with ResultsFile(out, plan(arms[:1])) as results:
         monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:20]))
-        with pytest.raises(EvaluationError, match="no room"):
+        with pytest.raises(EvaluationError, match=r"r\.jsonl: .*make room there"):
             results.append(whole[0])
-    assert out.read_bytes() == before
+        assert out.read_bytes() == before and len(results.records) == len(whole)
+
+        def full(handle, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(EvaluationError, match=r"r\.jsonl: .*make room there"):
+            results.append(whole[0])
+        monkeypatch.undo()
+        out.unlink()  # somebody tidied up
+        with pytest.raises(EvaluationError, match=r"r\.jsonl: cannot take another record"):
+            results.append(whole[0])
+
+
+def test_an_episode_that_stands_twice_is_refused(arms, tmp_path):
+    out = tmp_path / "r.jsonl"
+    run(plan(arms[:1]), out, workers=0)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([*lines, lines[-1]]))
+    with pytest.raises(EvaluationError, match="2 times"):
+        run(plan(arms[:1]), out, workers=0)
 
 
 def test_options_that_are_no_identity_do_not_enter_the_header(arms, tmp_path):

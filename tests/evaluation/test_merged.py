@@ -5,7 +5,7 @@ import pytest
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.merged import merge_results, merged_summary, summary_path, write_summary
 from omega_qvla.evaluation.records import Protocol
-from omega_qvla.evaluation.results import read_results, write_results
+from omega_qvla.evaluation.results import ResultsFile, read_results, write_results
 from omega_qvla.evaluation.statistics import wilson
 
 from .test_executor import EPISODES, arms, importable_from_workers, outcomes, plan, run
@@ -59,6 +59,21 @@ def test_merging_does_not_overwrite_a_stranger(arms, tmp_path):
     with pytest.raises(EvaluationError, match="exists"):
         merge_results([tmp_path / "a.jsonl"], tmp_path / "m.jsonl")
     merge_results([tmp_path / "a.jsonl"], tmp_path / "a.jsonl")  # itself it may
+
+
+def test_merging_into_a_file_that_an_evaluation_writes_is_refused(arms, tmp_path):
+    """What was appended between reading and replacing would be lost."""
+    one, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    run(plan(arms[:1], EPISODES[::2]), one, workers=0)
+    run(plan(arms[:1], EPISODES[1::2]), out, workers=0)
+    before = out.read_bytes()
+    with (
+        ResultsFile(out, plan(arms[:1])),
+        pytest.raises(EvaluationError, match="being written by another evaluation"),
+    ):
+        merge_results([one, out], out)
+    assert out.read_bytes() == before
+    assert len(merge_results([one, out], out)) == len(EPISODES)
 
 
 def test_the_summary_has_the_published_key_and_everything_it_depends_on(arms, tmp_path):

@@ -10,7 +10,13 @@ from typing import Any
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import ArmKey, Episode, EpisodeRecord
-from omega_qvla.evaluation.results import check_same, joined, read_results, write_results
+from omega_qvla.evaluation.results import (
+    check_same,
+    joined,
+    read_results,
+    results_lock,
+    write_results,
+)
 from omega_qvla.evaluation.statistics import wilson
 
 _FORMAT = 1
@@ -21,13 +27,21 @@ def merge_results(paths: Sequence[Path], out: Path) -> list[EpisodeRecord]:
 
     Raises:
         EvaluationError: settings, or the files behind an arm of the same name, differ (the
-            message says in what); an episode went differently in two of them; or `out`
-            exists and is none of them.
+            message says in what); an episode went differently in two of them; `out` exists
+            and is none of them, or an evaluation is writing it.
     """
     if not paths:
         raise EvaluationError("no results files to merge")
     if out.exists() and out.resolve() not in {path.resolve() for path in paths}:
         raise EvaluationError(f"{out} exists and is not among the files to merge: give another")
+    # `out` may be one of the files: what an evaluation appended to it meanwhile would be lost.
+    with results_lock(out):
+        header, merged = _join(paths)
+        write_results(out, header, merged)
+    return merged
+
+
+def _join(paths: Sequence[Path]) -> tuple[dict[str, Any], list[EpisodeRecord]]:
     header: dict[str, Any] | None = None
     found: dict[tuple[ArmKey, Episode], EpisodeRecord] = {}
     for path in paths:
@@ -44,9 +58,7 @@ def merge_results(paths: Sequence[Path], out: Path) -> list[EpisodeRecord]:
                     "do not compute alike; report them apart"
                 )
     assert header is not None
-    merged = [found[key] for key in sorted(found)]
-    write_results(out, header, merged)
-    return merged
+    return header, [found[key] for key in sorted(found)]
 
 
 def summary_path(out: Path) -> Path:

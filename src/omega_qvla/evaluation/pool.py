@@ -147,7 +147,7 @@ class _Running:
             if worker.connection.poll():
                 answer: EpisodeRecord | Failure = worker.connection.recv()
                 return answer
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # an OSError also where it died in the middle of its answer
             pass
         worker.process.kill()
         worker.process.join()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
@@ -13,6 +15,7 @@ from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.plan import Plan
 from omega_qvla.evaluation.records import Arm, EpisodeRecord
+from omega_qvla.pack.files import why_not_written
 
 _FORMAT = 1
 
@@ -24,7 +27,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[EpisodeRecord]]:
 
     Raises:
         EvaluationError: the file is missing, has no header of this format, or has a
-            line in its middle that is no record.
+            line in its middle that is no record, or an episode twice.
     """
     header, records = _read(path)
     return header, sorted(records, key=lambda record: (record.key, record.episode))
@@ -48,6 +51,13 @@ def _read(path: Path) -> tuple[dict[str, Any], list[EpisodeRecord]]:
             records.append(EpisodeRecord.from_dict(_parse(line, path, number)))
         except EvaluationError as error:
             raise EvaluationError(f"{path}, line {number}: {error}") from error
+    counts = Counter((record.key, record.episode) for record in records)
+    for (key, episode), count in counts.items():
+        if count > 1:  # it would count for several in every rate
+            raise EvaluationError(
+                f"{path} holds {key} on {episode.task}, seed {episode.seed}, {count} times: "
+                "remove the lines too many"
+            )
     return header, records
 
 
@@ -74,7 +84,7 @@ class ResultsFile:
             "plan": plan.to_dict(),
         }
         self.records: list[EpisodeRecord] = []
-        self._lock = _lock(path)
+        self._lock = results_lock(path)
         try:
             # A kill between creation and the header's line end leaves less than one line.
             if path.exists() and b"\n" in path.read_bytes():
@@ -101,19 +111,27 @@ class ResultsFile:
         """Write one line, in one system call, and wait until it is on the disk.
 
         Raises:
-            EvaluationError: the disk took part of the line only; that part is taken back.
+            EvaluationError: the file is gone, or the disk did not take the line; a part of it
+                is taken back.
         """
-        line = _line(record.to_dict())
+        try:
+            self._append(_line(record.to_dict()))
+        except OSError as error:
+            raise EvaluationError(
+                f"{self.path}: cannot take another record: {why_not_written(error)}"
+            ) from error
+        self.records.append(record)
+
+    def _append(self, line: bytes) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             before = os.fstat(handle).st_size
             if os.write(handle, line) != len(line):
                 os.ftruncate(handle, before)
-                raise EvaluationError(f"{self.path}: no room for another record on the disk")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle)
         finally:
             os.close(handle)
-        self.records.append(record)
 
 
 def write_results(path: Path, header: Mapping[str, Any], records: Sequence[EpisodeRecord]) -> None:
@@ -138,8 +156,12 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lock(path: Path) -> IO[bytes]:
-    """Hold `path` for this process: the operating system lets go when it ends or dies."""
+def results_lock(path: Path) -> IO[bytes]:
+    """Hold `path` until the stream is closed; the operating system lets go when we die.
+
+    Raises:
+        EvaluationError: somebody else holds it.
+    """
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
