@@ -42,10 +42,10 @@ def success_bars(data: ReportData) -> str:
         for row, column, family, variant, arms in groups:
             axis = axes[row, column]
             axis.set_visible(True)
-            axis.set_title(textwrap.fill(data.group_name(family, variant), 50))
+            axis.set_title(_title(data, family, variant))
             for position, (arm, values) in enumerate(arms.items()):
                 _success_bar(axis, position, values, colours[arm])
-            axis.set_yticks(range(len(arms)), list(arms))
+            axis.set_yticks(range(len(arms)), list(map(_label, arms)))
             axis.set_ylim(len(arms) - 0.4, -0.6)
             axis.set_xlim(0, 1.22)
             axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100%"])
@@ -88,11 +88,11 @@ def cosine_plot(data: ReportData) -> str:
             mine = [entry for entry in entries if entry[:2] == (row, column)]
             axis = axes[row, column]
             axis.set_visible(True)
-            axis.set_title(textwrap.fill(data.group_name(*mine[0][2:4]), 50))
+            axis.set_title(_title(data, *mine[0][2:4]))
             for position, (*_, arm, cosine) in enumerate(mine):
                 _cosine_row(axis, position, cosine, colours[arm])
             axis.set_xscale("log")
-            axis.set_yticks(range(len(mine)), [entry[4] for entry in mine])
+            axis.set_yticks(range(len(mine)), [_label(entry[4]) for entry in mine])
             axis.set_ylim(len(mine) - 0.4, -0.6)
             axis.grid(axis="x")
             axis.grid(visible=False, axis="y")
@@ -100,8 +100,18 @@ def cosine_plot(data: ReportData) -> str:
             axis.tick_params(axis="y", labelcolor=SENTINELS["ink"])
             axis.tick_params(axis="x", labelbottom=True)
             if row == rows - 1:
-                axis.set_xlabel("1 − cosine with the original's chunk (left is better)")
+                axis.set_xlabel("1 − cosine with the original's chunk\n(left is better)")
         return to_svg(made, "cosine", "drift of the action chunk by arm")
+
+
+def _title(data: ReportData, family: str, variant: str) -> str:
+    """Of one of two panels side by side; a longer line would run into the other's."""
+    return textwrap.fill(data.group_name(family, variant), 34)
+
+
+def _label(arm: str) -> str:
+    """An arm's name beside its row, in lines that leave room for the row."""
+    return textwrap.fill(arm, 21)
 
 
 def _cosine_row(axis: Any, position: int, cosine: Mapping[str, float], colour: str) -> None:
