@@ -187,3 +187,27 @@ def test_a_server_records_what_it_answered_an_episode_per_client(tmp_path: Path)
             np.testing.assert_array_equal(found.images[camera], image)
     kept = [load_file(path)["actions"] for path in sorted((tmp_path / "r").glob("*.safetensors"))]
     np.testing.assert_array_equal(np.concatenate(kept), np.stack(answers))
+
+
+def test_clients_side_by_side_are_episodes_of_their_own(tmp_path: Path) -> None:
+    """Steps of two robots in one episode would be a motion that nobody made."""
+    policy = tiny_pi05(num_steps=1)
+    with (
+        Recorder(tmp_path / "r") as recorder,
+        PolicyServer(policy, port=0, recorder=recorder).background() as port,
+    ):
+        robots = [RemotePolicy(address(port)) for _ in range(3)]  # the third never asks
+        for step in range(3):
+            for robot, remote in enumerate(robots[:2]):
+                remote.infer(tiny_observation(10 * robot + step), seed=step)
+        for remote in robots:
+            remote.close()
+    assert (recorder.report().written, recorder.report().lost) == (6, 0)
+    source = RecordedFolder.open(tmp_path / "r", policy.cameras, ObservationMap({}))
+    order = [(m.episode, m.step) for m in source.meta]
+    assert order == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    for (robot, step), found in zip(order, source.take(range(6)), strict=True):
+        expected = tiny_observation(10 * robot + step)
+        np.testing.assert_array_equal(found.state, expected.state)
+        for camera, image in expected.images.items():
+            np.testing.assert_array_equal(found.images[camera], image)

@@ -77,11 +77,11 @@ class RecorderReport:
         return self.dropped + self.rejected + self.failed
 
 
-@dataclass
-class _Episode:
-    """What new steps belong to."""
+@dataclass(eq=False)
+class RecordedEpisode:
+    """What steps belong to, see `Recorder.begin`. number: None until the first one comes."""
 
-    number: int
+    number: int | None = None
     task: str | None = None
     seen: int = 0
 
@@ -115,7 +115,8 @@ class Recorder:
             self._stack.close()
             raise
         numbers = [episode_of(path) for path, _ in self._files]
-        self._episode = _Episode(max(numbers, default=-1) + 1)
+        self._next = max(numbers, default=-1) + 1
+        self._episode = RecordedEpisode()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
@@ -133,30 +134,45 @@ class Recorder:
             ) from error
         return deque((self.folder / name, size) for _, name, size in stats)
 
-    def begin(self, episode: int | None = None, task: str | None = None) -> None:
+    def begin(self, episode: int | None = None, task: str | None = None) -> RecordedEpisode:
         """A new episode begins: another task, another try, another client.
+
+        `record` adds to it, unless told another one: who serves several robots side by side
+        keeps what this returns, so that their steps are not mixed.
 
         Args:
             episode: its number; by default, the next one. A number that comes twice is refused
                 when the folder is read.
             task: its name; by default, the instruction.
         """
+        begun = RecordedEpisode(episode, task)
         with self._lock:
-            number = self._episode.number + (self._episode.seen > 0)
-            self._episode = _Episode(number if episode is None else episode, task)
+            self._episode = begun
+        return begun
 
-    def record(self, observation: Observation, actions: np.ndarray) -> bool:
+    def record(
+        self,
+        observation: Observation,
+        actions: np.ndarray,
+        episode: RecordedEpisode | None = None,
+    ) -> bool:
         """Keep an observation and the chunk that the policy answered; whether it will be.
 
         Nothing is raised, and nothing is waited for: arrays are copied, the rest happens later.
+
+        Args:
+            episode: what `begin` returned; by default, of its last call.
         """
         try:
             with self._lock:
-                episode = self._episode
+                episode = episode or self._episode
+                number = episode.number = self._next if episode.number is None else episode.number
+                if not episode.seen:
+                    self._next = number + 1
                 index, episode.seen = episode.seen, episode.seen + 1
                 if self._closed or index % self.options.every:
                     return False
-            step = Step.copy(observation, actions, episode.number, index, episode.task)
+            step = Step.copy(observation, actions, number, index, episode.task)
         except Exception as error:  # whatever it is, the robot goes on
             self._count(rejected=1, last_error=f"{type(error).__name__}: {error}")
             return False
@@ -169,18 +185,23 @@ class Recorder:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Have everything written that was recorded so far; whether it was within `timeout` s."""
-        if not self._thread.is_alive():
-            return self.report().pending == 0
         done = threading.Event()
-        self._queue.put(done)
-        return done.wait(timeout)
+        with self._lock:  # behind the end that `close` puts, nobody would ever set it
+            closed = self._closed
+            if not closed:
+                self._queue.put(done)
+        if not closed:
+            return done.wait(timeout)
+        self._thread.join(timeout)
+        return self.report().pending == 0
 
     def close(self, timeout: float = 30.0) -> RecorderReport:
         """Write what waits, within `timeout` seconds, and end. Calling it again does nothing."""
         with self._lock:
             closing, self._closed = not self._closed, True
+            if closing:
+                self._queue.put(None)
         if closing:
-            self._queue.put(None)
             self._thread.join(timeout)
             if not self._thread.is_alive():  # otherwise it may still write: the folder is taken
                 self._stack.close()

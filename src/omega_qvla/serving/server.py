@@ -22,7 +22,7 @@ from omega_qvla.errors import BackendError, ObservationError, OmegaError
 from omega_qvla.policies.base import check_actions
 from omega_qvla.policies.observation import Observation
 from omega_qvla.runtime import wire
-from omega_qvla.runtime.recorder import Recorder
+from omega_qvla.runtime.recorder import RecordedEpisode, Recorder
 
 #: Two cameras of 1080p and some: more than that is a mistake, or an attack.
 MAX_MESSAGE_BYTES = 32 * 2**20
@@ -134,13 +134,12 @@ class PolicyServer:
 
     async def _handle(self, connection: Any) -> None:
         closed = wire.import_websockets("exceptions").ConnectionClosed
-        if self._recorder is not None:
-            self._recorder.begin()
+        episode = None if self._recorder is None else self._recorder.begin()
         try:
             await connection.send(wire.pack(self._metadata))
             async for data in connection:
                 try:
-                    await connection.send(await self._answer(data))
+                    await connection.send(await self._answer(data, episode))
                 except OmegaError as error:  # theirs, or the policy's: the next may be well
                     await connection.send(f"{type(error).__name__}: {error}")
         except closed:
@@ -150,7 +149,7 @@ class PolicyServer:
             await connection.close(_INTERNAL_ERROR, "internal error, see the message before")
             raise
 
-    async def _answer(self, data: bytes | str) -> bytes:
+    async def _answer(self, data: bytes | str, episode: RecordedEpisode | None) -> bytes:
         if isinstance(data, str):
             raise ObservationError("an observation is a binary message, this one is text")
         message = wire.unpack(data)
@@ -164,7 +163,7 @@ class PolicyServer:
         check_actions(actions)  # whatever the policy is: nothing else leaves
         elapsed = 1000 * (time.perf_counter() - begin)
         if self._recorder is not None:
-            self._recorder.record(observation, actions)
+            self._recorder.record(observation, actions, episode)
         return wire.pack({wire.ACTIONS: actions, "server_timing": {"infer_ms": elapsed}})
 
 
