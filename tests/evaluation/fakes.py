@@ -176,5 +176,11 @@ def load(arm: Arm) -> NoisyPolicy:
     return NoisyPolicy(float(text))
 
 
+def load_stillborn(arm: Arm) -> NoisyPolicy:
+    """As if out of memory: the process dies while it loads."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
 def load_killer(arm: Arm) -> KillerPolicy:
     return KillerPolicy(Path(arm.checkpoint))

@@ -108,6 +108,16 @@ def test_traces_arrive_where_the_results_are(ray, arms, tmp_path):
 
 
 @pytest.mark.ray
+def test_an_actor_that_dies_wherever_it_starts_ends_the_run(ray, arms, tmp_path):
+    with pytest.raises(EvaluationError, match=r"a policy .* dies on starting, 3 in a row .*memory"):
+        run(
+            plan(arms[:1], loader="load_stillborn"),
+            tmp_path / "r.jsonl",
+            executor=RayCluster(workers=1, retries=1),
+        )
+
+
+@pytest.mark.ray
 def test_no_room_is_named(ray, arms, tmp_path):
     greedy = RayCluster(workers=1, gpus=64, startup_s=3)
     with pytest.raises(EvaluationError, match=r"no machine of the cluster had room.*fewer"):

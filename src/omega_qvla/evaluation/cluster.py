@@ -35,7 +35,8 @@ class RayCluster:
     gpus:      GPUs of each of them, may be a fraction; the arms' device is then "cuda".
     timeout_s: an episode that takes longer counts as a dead worker.
     startup_s: how long to wait while no actor can be placed anywhere.
-    retries:   times that an episode is played again after one of its actors was lost.
+    retries:   times that an episode is played again after one of its actors was lost, and
+               that all actors may die on starting before the run ends.
     """
 
     address: str | None = None
@@ -122,7 +123,11 @@ class _Actor:
 
 
 class _Running:
-    """The actors of one evaluation. `_moved`: when an actor was last started or got ready."""
+    """The actors of one evaluation.
+
+    `_moved`: when an actor was last started or got ready; `_stillborn`: how many have died on
+    starting since the last one got ready.
+    """
 
     def __init__(self, ray: Any, settings: RayCluster, plan: Plan) -> None:
         self._ray, self._settings, self._plan = ray, settings, plan
@@ -130,7 +135,7 @@ class _Running:
         self._fingerprints: Mapping[str, Mapping[str, str]] = plan.arm_fingerprints()
         self._simulators: list[_Actor] = []
         self._policies: list[_Actor] = []
-        self._moved = time.monotonic()
+        self._moved, self._stillborn = time.monotonic(), 0
 
     def play_arm(self, jobs: list[Job]) -> Generator[EpisodeRecord, None, None]:
         arm = jobs[0].arm
@@ -148,7 +153,7 @@ class _Running:
                 if isinstance(answer, _Lost):
                     self._lost(actor, answer.reason, schedule, arm)
                 elif not actor.ready:
-                    actor.ready, self._moved = True, time.monotonic()
+                    actor.ready, self._moved, self._stillborn = True, time.monotonic(), 0
                 elif isinstance(answer, PolicyLost):
                     self._policy_lost(actor, answer, schedule, arm)
                 else:
@@ -233,6 +238,8 @@ class _Running:
     def _lost(self, actor: _Actor, reason: str, schedule: Schedule, arm: Arm) -> None:
         """Start another in its place; the episode that it played comes again."""
         self._ray.kill(actor.handle)
+        if not actor.ready:
+            self._count_stillborn(actor, reason)
         self._moved = time.monotonic()
         if actor.kind == "policy":
             self._policies[self._policies.index(actor)] = self._policy(arm)
@@ -240,6 +247,17 @@ class _Running:
         self._simulators[self._simulators.index(actor)] = self._simulator()
         if actor.ready:
             schedule.lost(actor, reason)
+
+    def _count_stillborn(self, actor: _Actor, reason: str) -> None:
+        """A node takes all its actors along; an actor that dies wherever it starts never ends."""
+        self._stillborn += 1
+        actors = len(self._simulators) + len(self._policies)
+        if self._stillborn > self._settings.retries * actors:
+            raise EvaluationError(
+                f"a {actor.kind} of the cluster dies on starting, {self._stillborn} in a row "
+                f"({reason}): out of memory, or a crash in an import or a kernel; its machine's "
+                "Ray logs say more, `--executor process` shows it in this process"
+            )
 
     def _policy_lost(self, actor: _Actor, answer: PolicyLost, schedule: Schedule, arm: Arm) -> None:
         """The simulator is well, its policy is not; several simulators may report the same."""
