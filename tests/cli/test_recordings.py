@@ -108,6 +108,14 @@ def test_an_episode_in_open_loop(
     assert data["arms"]["full-precision"]["error"] == 0 < data["arms"]["omega"]["error"]
     for name in ("html", "md", "csv", "json"):
         assert (tmp_path / "out" / f"open-loop.{name}").stat().st_size > 100
+    # Options of the pack and of the checkpoint are not left out in silence.
+    assert main([*words, "--episode", "1", "--execute", "2", "--act-bits", "8"]) == 0
+    finer = json.loads(capsys.readouterr().out)["arms"]
+    assert finer["omega"]["error"] < data["arms"]["omega"]["error"]
+    assert main([*words, "--episode", "1", "--settings", f"{tmp_path}/missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
+    assert main([*words, "--episode", "1", "--pack", f"full-precision={place}/x"]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err
     assert main([*words, "--episode", "99"]) == 2
     assert "no episode 99" in capsys.readouterr().err
     assert main([*words, "--episode", "1", "--action-key", "nothing"]) == 2

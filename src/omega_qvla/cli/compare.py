@@ -19,7 +19,6 @@ from omega_qvla.cli.parsing import (
     add_recordings,
     at_least,
     labelled,
-    unique,
 )
 from omega_qvla.errors import ConfigError, EvaluationError
 
@@ -159,7 +158,7 @@ def _drift(
 ) -> tuple[dict[ArmKey, Drift], dict[ArmKey, tuple[int, int]]]:
     """Drift and sizes of every --pack."""
     from omega_qvla.cli.checkpoints import open_checkpoint
-    from omega_qvla.cli.measure import drift_seeds
+    from omega_qvla.cli.measure import drift_seeds, named_packs
     from omega_qvla.cli.recordings import check_unseen, draw_checked, held_out_of, open_recordings
     from omega_qvla.evaluation.open_loop import chunk_drift, predict_chunks
     from omega_qvla.evaluation.records import ArmKey
@@ -173,7 +172,7 @@ def _drift(
     if len(args.checkpoint) > 1:
         raise ConfigError("packs are of one checkpoint: give one --checkpoint")
     (checkpoint,) = args.checkpoint
-    packs = unique(args.pack, "pack")
+    packs = named_packs(args)
     options = loading(args)
     outline = open_checkpoint(checkpoint, **options)
     source = open_recordings(args, outline.policy)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.console import Console
-from omega_qvla.cli.parsing import at_least, unique
+from omega_qvla.cli.loading import loading, pack_options
+from omega_qvla.cli.parsing import at_least
 from omega_qvla.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def run_episode(args: argparse.Namespace, console: Console) -> int:
 
     if not args.checkpoint or len(args.checkpoint) != 1 or not args.pack:
         raise ConfigError("--episode takes one --checkpoint, --pack LABEL=FILE, and recordings")
-    outline = open_checkpoint(args.checkpoint[0]).policy
+    opened = open_checkpoint(args.checkpoint[0], **loading(args))
+    outline = opened.policy
     source = open_recordings(args, outline)
     if source is None:
         raise ConfigError("--episode needs recordings: --observations PATH or --dataset DIR")
@@ -80,7 +82,7 @@ def run_episode(args: argparse.Namespace, console: Console) -> int:
     gripper = args.gripper
     if not -outline.action_dim <= gripper < outline.action_dim:
         raise ConfigError(f"--gripper {gripper}: the policy's actions have {outline.action_dim}")
-    trajectories, middle = _trajectories(args, samples, console)
+    trajectories, middle = _trajectories(args, opened.path, samples, console)
     found = compare_trajectories(trajectories, REFERENCE, recorded, gripper, middle)
     arms, joints = _arm_rows(found), _joint_rows(found)
     console.table(ARM_COLUMNS, arms)
@@ -159,20 +161,22 @@ def _recorded_actions(
 
 
 def _trajectories(
-    args: argparse.Namespace, samples: ObservationSet, console: Console
+    args: argparse.Namespace, path: Path, samples: ObservationSet, console: Console
 ) -> tuple[dict[str, np.ndarray], float]:
     """The trajectory of every arm, and the middle of the gripper's range."""
-    from omega_qvla.cli.measure import drift_seeds
+    from omega_qvla.cli.measure import drift_seeds, named_packs
     from omega_qvla.evaluation.records import REFERENCE
     from omega_qvla.evaluation.trajectory import gripper_middle, predict_trajectory
     from omega_qvla.runtime.engine import Engine
 
-    packs: dict[str, str | None] = {REFERENCE: None, **unique(args.pack, "pack")}
+    packs: dict[str, str | None] = {REFERENCE: None, **named_packs(args)}
+    options = {**loading(args), "device": args.device}
     steps, seeds = [meta.step for meta in samples.meta], drift_seeds(samples)
     found, middle = {}, 0.0
     for label, pack in packs.items():
         console.note(f"open loop: {label}, {len(samples)} looks")
-        engine = Engine.load(args.checkpoint[0], pack, backend=args.backend, device=args.device)
+        of_pack = {} if pack is None else {"backend": args.backend, **pack_options(args)}
+        engine = Engine.load(path, pack, **options, **of_pack)
         found[label] = predict_trajectory(engine.policy, samples.observations, steps, seeds)
         if pack is None:
             middle = gripper_middle(engine.policy, samples.observations[0], args.gripper)
