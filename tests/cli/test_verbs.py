@@ -231,6 +231,7 @@ def test_compare_with_drift_alone(place: Path, run: Run) -> None:
         (["--pack", "omega={place}/omega.safetensors"], "--observations together"),
         (["--recipes", "rtn"], "--checkpoint DIR (perhaps several) and --out DIR"),
         (["--episode", "1"], "one --checkpoint, --pack LABEL=FILE"),
+        (["r.jsonl", "--episode", "1"], "leave out the results files"),
         (["--out", "x"], "--out goes with --recipes and --episode"),
     ],
 )

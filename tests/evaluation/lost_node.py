@@ -24,6 +24,10 @@ def lines(out: Path) -> int:
     return out.read_bytes().count(b"\n") - 1 if out.exists() else 0
 
 
+def alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def main(folder: Path) -> None:
     # One CPU on the first node, two on the second: simulators must be on the one to be lost.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -36,7 +40,7 @@ def main(folder: Path) -> None:
         loader="tests.evaluation.fakes:load",
     )
     out = folder / "ray.jsonl"
-    told = {"nodes_before": sum(node["Alive"] for node in ray.nodes())}
+    told = {"nodes_before": alive()}
 
     def lose() -> None:
         while lines(out) < 4:
@@ -51,9 +55,12 @@ def main(folder: Path) -> None:
     executor = RayCluster(address=cluster.address, workers=3, startup_s=120)
     records = run_evaluation(plan, out, executor=executor, progress=False)
     thread.join(60)
+    deadline = time.monotonic() + 60  # the head may hear of the death after the last episode
+    while alive() > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
     told |= {
         "records": len(records),
-        "nodes_after": sum(node["Alive"] for node in ray.nodes()),
+        "nodes_after": alive(),
         "same": [r.outcome() for r in records]
         == [
             r.outcome()

@@ -71,15 +71,22 @@ def test_a_killed_simulator_costs_a_retry_not_the_run(ray, arms, tmp_path):
 def test_an_episode_that_kills_always_ends_in_a_named_error(ray, tmp_path):
     marker = tmp_path / "always"
     marker.write_text("always")
-    arm = (Arm("killer", str(marker), "toy"),)
+    (tmp_path / "well").write_text("well")
+    (tmp_path / "well.done").touch()
+    labels = (("killer", marker), ("well", tmp_path / "well"))
+    both = tuple(Arm(label, str(path), "toy") for label, path in labels)
     out = tmp_path / "r.jsonl"
     with pytest.raises(EvaluationError, match=r"deadly, seed 1: the worker died twice \(its pol"):
         run(
-            plan(arm, (Episode("deadly", 1), *EPISODES[:2]), "load_killer"),
+            plan(both, (Episode("deadly", 1), *EPISODES[:2]), "load_killer"),
             out,
             executor=RayCluster(workers=1, retries=1),
         )
-    assert [record.episode for record in read_results(out)[1]] == sorted(EPISODES[:2])
+    played = [(record.arm, record.episode) for record in read_results(out)[1]]
+    assert [e for arm, e in played if arm == "killer"] == sorted(EPISODES[:2])
+    assert (
+        len([e for arm, e in played if arm == "well"]) == 3
+    )  # the next arm is played all the same
 
 
 @pytest.mark.ray

@@ -70,6 +70,8 @@ def run_episode(args: argparse.Namespace, console: Console) -> int:
     from omega_qvla.evaluation.records import REFERENCE
     from omega_qvla.evaluation.trajectory import compare_trajectories
 
+    if args.results:
+        raise ConfigError("--episode is of recordings: leave out the results files of `eval`")
     if not args.checkpoint or len(args.checkpoint) != 1 or not args.pack:
         raise ConfigError("--episode takes one --checkpoint, --pack LABEL=FILE, and recordings")
     opened = open_checkpoint(args.checkpoint[0], **loading(args))

@@ -70,8 +70,11 @@ class RayCluster:
         started = _connect(ray, self)
         running = _Running(ray, self, plan)
         try:
+            schedules = []
             for _, of_arm in itertools.groupby(jobs, key=lambda job: job.arm.key):
-                yield from running.play_arm(list(of_arm))
+                schedules.append((yield from running.play_arm(list(of_arm))))
+            for schedule in schedules:  # at the end: an episode given up keeps no arm from playing
+                schedule.check()
         finally:
             running.stop()
             if started:
@@ -137,7 +140,7 @@ class _Running:
         self._policies: list[_Actor] = []
         self._moved, self._stillborn = time.monotonic(), 0
 
-    def play_arm(self, jobs: list[Job]) -> Generator[EpisodeRecord, None, None]:
+    def play_arm(self, jobs: list[Job]) -> Generator[EpisodeRecord, None, Schedule]:
         arm = jobs[0].arm
         schedule = Schedule(jobs, self._settings.retries)
         self._moved = time.monotonic()
@@ -158,8 +161,8 @@ class _Running:
                     self._policy_lost(actor, answer, schedule, arm)
                 else:
                     yield _finish(schedule.done(actor), answer)
-        schedule.check()
         self._stop(self._policies)
+        return schedule
 
     def stop(self) -> None:
         self._stop(self._policies)
