@@ -18,6 +18,7 @@ from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.errors import CalibrationError
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.pack.files import (
+    check_replaceable,
     hash_entries,
     read_header,
     tensor_sha256,
@@ -53,7 +54,12 @@ class Calibration:
         return sha256_text(_index(self)[0])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, atomically. Raises CalibrationError."""
+        """Write one safetensors file, atomically.
+
+        Raises:
+            CalibrationError: it cannot be written, or something else than a calibration is there.
+        """
+        check_replaceable(Path(path), FORMAT_NAME, CalibrationError)
         text, tensors = _index(self)
         metadata = {"format": FORMAT_NAME, "index": text, "index_sha256": sha256_text(text)}
         try:

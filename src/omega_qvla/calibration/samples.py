@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError
-from omega_qvla.pack.files import read_header, tensor_bytes, why_not_written, write_tensors
+from omega_qvla.pack.files import (
+    check_replaceable,
+    read_header,
+    tensor_bytes,
+    why_not_written,
+    write_tensors,
+)
 from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.observation import Observation
 
@@ -84,8 +90,10 @@ def write_observations(
     origins as JSON metadata.
 
     Raises:
-        CalibrationError: no observations, or they differ in cameras, image or state size.
+        CalibrationError: no observations, or they differ in cameras, image or state size; the
+            file cannot be written, or something else than observations is there.
     """
+    check_replaceable(Path(path), FORMAT_NAME, CalibrationError)
     tensors, plain = _pack(ObservationSet(tuple(observations), tuple(meta), source))
     metadata = {"format": FORMAT_NAME, "samples": json.dumps(plain, sort_keys=True)}
     try:

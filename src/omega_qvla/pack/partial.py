@@ -63,7 +63,8 @@ class PartialBuild:
         if differing:
             raise PackError(
                 f"{self.path} holds unfinished work of another build ({', '.join(differing)} "
-                "differ); delete that directory, build without resuming, or write elsewhere"
+                "differ); delete that directory, build without resuming (--no-resume), or write "
+                "elsewhere"
             )
 
     def finished(self, name: str) -> bool:
