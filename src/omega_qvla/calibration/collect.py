@@ -18,6 +18,7 @@ from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.errors import CalibrationError
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.pack.files import (
+    Header,
     check_replaceable,
     hash_entries,
     read_header,
@@ -85,7 +86,13 @@ class Calibration:
         text = metadata.get("index", "")
         if sha256_text(text) != metadata.get("index_sha256"):
             raise CalibrationError(f"{path}: the header is altered (sha256 differs)")
-        index = json.loads(text)
+        try:
+            return cls._from_index(path, header, json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CalibrationError(f"{path}: a damaged index: {error!r}") from error
+
+    @classmethod
+    def _from_index(cls, path: Path, header: Header, index: Mapping[str, Any]) -> Calibration:
         altered = [
             name
             for name, digest in hash_entries(path, header).items()

@@ -129,9 +129,12 @@ def read_observations(path: str | os.PathLike[str]) -> ObservationSet:
             for i, prompt in enumerate(plain["prompts"])
         )
         meta = tuple(SampleMeta(*origin) for origin in plain["origins"])
+        lengths = {len(array) for array in (state, *arrays.values())}
+        if lengths != {len(meta)} or len(meta) != len(observations) or not meta:
+            raise ValueError(f"{len(meta)} origins for arrays of {sorted(lengths)}")
+        return ObservationSet(observations, meta, str(plain["source"]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path}: a damaged file of observations: {error!r}") from error
-    return ObservationSet(observations, meta, plain["source"])
 
 
 def _pack(samples: ObservationSet) -> tuple[dict[str, Tensor], dict[str, Any]]:
