@@ -32,10 +32,11 @@ from omega_qvla.numerics.phases import Spent, Stopwatch, phase
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.smoothing import weight_profile
 from omega_qvla.numerics.stats import LayerStats
+from omega_qvla.pack.files import check_replaceable
 from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
-from omega_qvla.pack.writer import write_pack
+from omega_qvla.pack.writer import FORMAT_NAME, write_pack
 from omega_qvla.policies.base import SIDES, Policy
 from omega_qvla.policies.targets import select_targets
 from omega_qvla.policies.weights import ResidentWeights, Weights
@@ -139,9 +140,10 @@ def quantize_policy(
         RecipeError: nothing to quantize, or a protected layer caught; nothing to cascade.
         CalibrationError: statistics missing, unusable, or of another checkpoint.
         PackError: unfinished work of another build lies in the way; another build is writing
-            `out`; a file can't be written.
+            `out`; a file can't be written, or what is at `out` is no pack.
     """
     out, watch = Path(out), Stopwatch()
+    check_replaceable(out, FORMAT_NAME)  # before hours of work, not after them
     steps = policy.num_steps if num_steps is None else num_steps
     recipe = _restrict(recipe, sides)
     jobs = plan(policy, recipe, steps)

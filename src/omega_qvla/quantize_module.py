@@ -29,13 +29,13 @@ from omega_qvla.modules.step_context import current_step
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.quantize_layer import needs_stats, quantize_layer
 from omega_qvla.numerics.stats import LayerStats
-from omega_qvla.pack.files import tensor_bytes
+from omega_qvla.pack.files import check_replaceable, tensor_bytes
 from omega_qvla.pack.foreign import FAMILY, Attached, attach, module_hashes
 from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import Manifest, source_digest
 from omega_qvla.pack.partial import PartialBuild
 from omega_qvla.pack.reader import read_pack
-from omega_qvla.pack.writer import write_pack
+from omega_qvla.pack.writer import FORMAT_NAME, write_pack
 from omega_qvla.policies.base import PROTECTED, SIDES
 from omega_qvla.policies.foreign import StepCounter, find_linear
 from omega_qvla.quantize import DEFAULT_MEMORY, Progress, software
@@ -119,6 +119,8 @@ def quantize_(
         ConfigError: no such head or entry. PackError: `out` cannot be written, another build is
             writing it, or unfinished work of another build lies there.
     """
+    if out is not None:
+        check_replaceable(Path(out), FORMAT_NAME)
     recipe = _with_regexes(recipe, backbone, action_head, exclude)
     targets = _targets(module, recipe)
     survey = _survey(module, calibrate, targets, head, entry)

@@ -10,7 +10,9 @@ from calibration.helpers import all_targets, tiny_samples
 from omega_qvla.calibration import Calibration, calibrate
 from omega_qvla.calibration.collect import DEFAULT_TOKEN_CAP
 from omega_qvla.errors import CalibrationError
-from omega_qvla.pack.files import read_header
+from omega_qvla.pack.files import read_header, write_tensors
+from omega_qvla.pack.manifest import sha256_text
+from omega_qvla.pack.reader import load_tensors
 from policies.tiny import TINY
 
 
@@ -99,3 +101,16 @@ def test_steps_are_where_the_policy_says(family: str) -> None:
     for name, found in stats.items():
         inside = policy.side_of(name) == "action_head" and name not in outside
         assert len(found.tokens) == (policy.num_steps if inside else 1), name
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not JSON", '{"tensors": {}, "groups": {"x": 1}}'])
+def test_an_index_that_its_hash_fits_but_nothing_else(
+    calibration: Calibration, tmp_path: Path, text: str
+) -> None:
+    path = calibration.save(tmp_path / "c")
+    header = read_header(path, CalibrationError)
+    tensors = load_tensors(path, header.entries)
+    fitted = {**header.metadata, "index": text, "index_sha256": sha256_text(text)}
+    write_tensors(path, tensors, fitted)
+    with pytest.raises(CalibrationError, match=r"damaged index|altered tensors"):
+        Calibration.load(path)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from omega_qvla.calibration import (
     write_observations,
 )
 from omega_qvla.errors import CalibrationError
+from omega_qvla.pack.files import read_header, write_tensors
+from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.observation import Observation
 
 
@@ -96,6 +101,30 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_observations(path)
     with pytest.raises(CalibrationError, match="No such file"):
         read_observations(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain.pop("source"),
+        lambda plain: plain.update(prompts=[], origins=[]),  # would be no observations at all
+        lambda plain: plain.update(prompts=plain["prompts"][:1], origins=plain["origins"][:1]),
+        lambda plain: plain["prompts"].pop(),
+    ],
+)
+def test_words_that_do_not_fit_the_pictures(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    path = tmp_path / "s"
+    samples = make_set({"push": [2]})
+    write_observations(path, samples.observations, samples.meta)
+    header = read_header(path, CalibrationError)
+    plain = json.loads(header.metadata["samples"])
+    change(plain)
+    tensors = load_tensors(path, header.entries)
+    write_tensors(path, tensors, {**header.metadata, "samples": json.dumps(plain)})
+    with pytest.raises(CalibrationError, match="damaged file of observations"):
+        read_observations(path)
 
 
 def test_selection_is_balanced_over_tasks_and_episodes() -> None:

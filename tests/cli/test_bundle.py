@@ -98,6 +98,7 @@ def test_refusals(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["bundle", checkpoint, pack, "--out", bundle], "exists already"),
         (["bundle", checkpoint, pack, *out, "--observations", "nowhere"], "nothing was written"),
         (["bundle", bundle, pack, *out], "is a bundle already"),
+        (["bundle", checkpoint, f"{place}/none", *out], f"{place}/none: cannot be read"),
         (["eval", bundle, *out, "--arm", f"a={pack}", "--tasks", "drawer-open"], "takes no pack"),
         (["calibrate", bundle, *out, "--num-samples", "2",
           "--observations", f"{place}/observations.safetensors"],

@@ -90,6 +90,14 @@ def test_schemes_of_single_layers_follow() -> None:
     assert changed.backbone.overrides[0][1].activation.bits == 8
 
 
+def test_layers_that_a_recipe_keeps_in_16_bits_stay_so() -> None:
+    changed = change("quantvla-w4a4", "--weight-bits", "3", "--svd-rank", "2")
+    head, before = changed.action_head, preset("quantvla-w4a4").action_head
+    assert head is not None and before is not None
+    assert (head.scheme.weight.bits, head.scheme.weight.rank) == (3, 2)
+    assert head.overrides == before.overrides
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from omega_qvla.cli.main import main
+from omega_qvla.cli.overrides import OVERRIDES
+from omega_qvla.cli.parsing import verb_parser
+from omega_qvla.cli.published import _WITHOUT_EFFECT
+from omega_qvla.cli.quantize import configure
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.registry import save_policy
 from pack.published import STEPS, published_content, write_published
@@ -32,7 +36,9 @@ def convert(place: Path, out: Path, *words: str) -> int:
     return main(["quantize", *source, "--out", str(out), *words, "--quiet"])
 
 
-def test_a_file_becomes_a_pack_that_proves_itself(place: Path, tmp_path: Path) -> None:
+def test_a_file_becomes_a_pack_that_proves_itself(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "p.safetensors"
     assert convert(place, out, "--activation", "per_token", "--act-bits", "8") == 0
     layers = read_pack(out).layers.values()
@@ -40,6 +46,20 @@ def test_a_file_becomes_a_pack_that_proves_itself(place: Path, tmp_path: Path) -
     assert (kinds["backbone"].kind, kinds["backbone"].bits) == ("per_token", 8)
     assert (kinds["action_head"].kind, kinds["action_head"].bits) == ("per_step_channel", 4)
     assert main(["verify", str(out), f"{place}/checkpoint", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--no-layers"]) == 0
+    assert "published pack quantized.pt" in capsys.readouterr().out
+
+
+def test_every_option_that_a_conversion_ignores_is_refused() -> None:
+    parser = verb_parser("quantize", "", "")
+    configure(parser)
+    options = {action.dest for action in parser._actions}
+    used = {"help", "json", "quiet", "debug", "checkpoint", "out", "device", "backend"}
+    used |= {"settings", "tokenizer", "revision", "offline", "from_published", "activation"}
+    overrides = {flag.replace("-", "_") for flag in OVERRIDES}  # --act-bits completes --activation
+    assert options - used - overrides == set(_WITHOUT_EFFECT)
+    assert all(parser.get_default(name) == _WITHOUT_EFFECT[name] for name in _WITHOUT_EFFECT)
 
 
 def test_scales_that_no_file_holds_are_asked_for(
@@ -49,7 +69,20 @@ def test_scales_that_no_file_holds_are_asked_for(
     assert "no activation scales" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--damp", "0.1"], ["--num-steps", "4"], ["--act-bits", "8"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--damp", "0.1"],
+        ["--num-steps", "4"],
+        ["--act-bits", "8"],
+        ["--dataset", "nowhere"],
+        ["--cascade"],
+        ["--side", "backbone"],
+        ["--recipe", "rtn"],
+        ["--token-cap", "7"],
+        ["--dtype", "bfloat16"],
+    ],
+)
 def test_options_without_effect_are_refused(
     place: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

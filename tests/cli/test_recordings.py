@@ -15,6 +15,7 @@ from calibration.lerobot_files import CAMERAS, DatasetSpec, write_v21
 from omega_qvla.calibration.sources.base import DEFAULT_HELD_OUT
 from omega_qvla.cli.main import main
 from omega_qvla.cli.parsing import HELD_OUT
+from omega_qvla.pack import read_pack, write_pack
 from omega_qvla.policies.registry import save_policy
 from policies.tiny import IMAGE_SIZE, tiny_pi05
 
@@ -64,6 +65,13 @@ def test_a_pack_records_its_steps_and_is_compared_on_others(
     assert main([*words, "--pack", f"fair={place}/fair.safetensors"]) == 0
     assert main([*words, "--pack", f"unfair={place}/unfair.safetensors"]) == 2
     assert "'unfair' was calibrated on held-out episode(s)" in capsys.readouterr().err
+    # Of a merged pack, every part's calibration counts.
+    unfair = read_pack(place / "unfair.safetensors")
+    parts = {"parts": [{"source": "elsewhere"}, dict(unfair.manifest.calibration)]}
+    merged = dataclasses.replace(unfair.manifest, calibration=parts)
+    write_pack(place / "merged.safetensors", merged, unfair.layers)
+    assert main([*words, "--pack", f"merged={place}/merged.safetensors"]) == 2
+    assert "'merged' was calibrated on held-out episode(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

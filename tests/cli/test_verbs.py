@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from cli.fakes import TASKS, collect
-from omega_qvla.calibration.samples import SampleMeta, write_observations
+from omega_qvla.calibration.samples import SampleMeta, read_observations, write_observations
 from omega_qvla.cli.main import main
+from omega_qvla.errors import CalibrationError
 from omega_qvla.policies.registry import save_policy
 from policies.tiny import tiny_pi05
 
@@ -124,6 +125,8 @@ def test_include_and_exclude_narrow_the_recipe(place: Path, run: Run) -> None:
         (["--observations", "{place}/omega.safetensors"], "not a file of observations"),
         (["--observations", "{place}/observations.safetensors", "--num-samples", "99"], "only 28"),
         (["--observations", "{place}/x", "--env", "metaworld"], "not both"),
+        (["--device", "nonsense"], "--device nonsense: not on this machine"),
+        (["--device", "meta"], "--device meta: not on this machine"),
     ],
 )
 def test_quantize_refuses(
@@ -135,6 +138,33 @@ def test_quantize_refuses(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(place.glob("refused*"))
+
+
+@pytest.mark.parametrize("verb", ["quantize", "calibrate", "merge", "collect"])
+def test_what_is_no_file_of_that_kind_is_not_replaced(
+    verb: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped --out may be a checkpoint's file; a pack is replaced by a pack."""
+    target = tmp_path / "model.safetensors"
+    target.write_bytes((place / "checkpoint" / "model.safetensors").read_bytes())
+    (tmp_path / "folder").mkdir()
+    observations = ["--observations", f"{place}/observations.safetensors", "--num-samples", "2"]
+    words = {
+        "quantize": ["quantize", f"{place}/checkpoint", *observations],
+        "calibrate": ["calibrate", f"{place}/checkpoint", *observations],
+        "merge": ["merge", f"{place}/backbone.safetensors", f"{place}/action_head.safetensors"],
+    }
+    before = target.read_bytes()
+    for out in (target, tmp_path / "folder"):
+        if verb == "collect":
+            read = read_observations(place / "observations.safetensors")
+            with pytest.raises(CalibrationError, match="exists and is no omega-qvla observations"):
+                write_observations(out, read.observations, read.meta)
+            continue
+        assert main([*words[verb], "--out", str(out), "--quiet"]) == 2
+        assert "exists and is no omega-qvla" in capsys.readouterr().err
+    assert target.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.safetensors"]
 
 
 def test_merge_refuses_overlapping_packs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from numerics.problems import layer_weight, stats_of, tokens
-from omega_qvla.config.recipe import ActivationScheme, Scheme
+from omega_qvla.config.recipe import ActivationScheme, Scheme, WeightScheme
 from omega_qvla.errors import BackendError
 from omega_qvla.kernels import registry
 from omega_qvla.kernels.emulated import EmulatedBackend
@@ -79,3 +79,14 @@ def test_a_backend_asked_for_runs_everything_or_is_refused() -> None:
         resolve_backend("fake", [layer("per_token")], torch.device("meta"))
     with pytest.raises(BackendError, match="no backend can run"):
         resolve_backend("auto", [layer("per_token")], "meta")
+
+
+def test_the_group_that_does_not_fit_is_the_one_named() -> None:
+    capabilities = Capabilities(
+        "x", True, frozenset({"per_token_group"}), frozenset({4}), frozenset({"cpu"}),
+        group_multiple=16,
+    )  # fmt: skip
+    scheme = Scheme(
+        weight=WeightScheme(group=24), activation=ActivationScheme("per_token_group", group=16)
+    )
+    assert capabilities.obstacle(scheme) == "groups of 24 inputs are no multiples of 16"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from omega_qvla.errors import NumericsError
 from omega_qvla.modules.int8 import QMAX, quantize_rows
 
 
@@ -18,3 +20,12 @@ def test_rows_are_rounded_each_by_its_own_scale() -> None:
     assert torch.equal(scale, expected)
     assert torch.equal(q, (wide / expected).round().to(torch.int8))
     assert float((q * scale - wide).abs().max()) <= float(scale.max()) / 2 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_8_bits_cannot_hold_is_refused(value: float) -> None:
+    """Rounded, it would be some integer, and the fault of the checkpoint would be hidden."""
+    weight = torch.ones(5000, 2)
+    weight[4500, 1] = value
+    with pytest.raises(NumericsError, match="8 bits holds NaN or infinite"):
+        quantize_rows(weight)

@@ -121,10 +121,8 @@ def test_verify_names_a_layer_exchanged_for_another(pack: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("field", "change", "message"),
     [
-        ("permutation", lambda t: t.fill_(0), "permutation is none"),
         ("rotation", lambda t: t.mul_(1.1), "rotation is not orthogonal"),
         ("output_rotation", lambda t: t[0].zero_(), "output_rotation is not orthogonal"),
-        ("lowrank_a", lambda t: t.fill_(float("inf")), "lowrank_a is not finite"),
     ],
 )
 def test_verify_sees_impossible_tensors(
@@ -146,6 +144,28 @@ def test_impossible_scales_are_never_read(tmp_path: Path, field: str, value: flo
     getattr(layer, field).view(-1)[0] = value
     write_pack(tmp_path / "bad", make_manifest(), {"n": layer})
     with pytest.raises(PackError, match=f"layer n.*{field} is not finite and positive"):
+        read_pack(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "message"),
+    [
+        ("everything", "permutation", 3, "permutation is none"),
+        ("everything", "permutation", 1_000_000, "permutation is none"),
+        ("everything", "lowrank_a", float("inf"), "lowrank_a is not finite"),
+        ("everything", "rotation", float("nan"), "rotation is not finite"),
+        ("plain", "bias", float("nan"), "bias is not finite"),
+        ("randomized", "signs", 0, r"signs are not \+-1"),
+    ],
+)
+def test_values_that_would_spoil_every_result_are_never_read(
+    tmp_path: Path, kind: str, field: str, value: float, message: str
+) -> None:
+    layer = make_layer("n", kind)
+    tensor = getattr(layer, field)
+    tensor[(0,) * tensor.ndim] = value
+    write_pack(tmp_path / "bad", make_manifest(), {"n": layer})
+    with pytest.raises(PackError, match=f"layer n.*{message}"):
         read_pack(tmp_path / "bad")
 
 

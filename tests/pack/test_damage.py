@@ -179,6 +179,12 @@ def test_the_manifest_cannot_disguise_its_version(pack: Path) -> None:
         (lambda d: d["layers"].pop("net.0"), r"of no layer.*net\.0\.qweight"),
         (lambda d: d["layers"].update(extra=d["layers"]["net.0"]), "layer extra"),
         (lambda d: d["layers"]["net.1"].update(num_steps=7), r"net\.1.*act_scale"),
+        (lambda d: d["tensors"]["net.0.qweight"].update(shape=5), r"net\.0\.qweight: impossible"),
+        (lambda d: d["tensors"]["net.0.qweight"].update(sha256=5), r"net\.0\.qweight: impossible"),
+        (lambda d: d.update(num_steps="ten"), "family 'pi05' and 'ten' denoising steps"),
+        (lambda d: d.update(num_steps=0), "0 denoising steps"),
+        (lambda d: d.update(family=None), "family None"),
+        (lambda d: d.update(source={"w": 1}), "source holds something else"),
     ],
 )
 def test_a_wrong_manifest_with_right_hashes(
@@ -186,6 +192,15 @@ def test_a_wrong_manifest_with_right_hashes(
 ) -> None:
     rewrite(pack, change)
     with pytest.raises(PackError, match=message):
+        read_pack(pack)
+
+
+def test_a_manifest_too_deep_to_be_parsed(pack: Path) -> None:
+    header = read_header(pack)
+    text = '{"a":' * 100_000 + "1" + "}" * 100_000
+    altered = {**header.metadata, "manifest": text, "manifest_sha256": sha256_text(text)}
+    write_tensors(pack, load_tensors(pack, header.entries), altered)
+    with pytest.raises(PackError, match="not JSON"):
         read_pack(pack)
 
 

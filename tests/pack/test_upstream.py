@@ -132,6 +132,9 @@ def test_off_grid_weights_are_refused(tmp_path: Path) -> None:
         ({"a_bits": 5}, "activation.bits"),
         ({"weight_bits": 8}, "weight.bits|grid"),
         ({"duquant_rotation": torch.eye(3)}, "duquant_rotation is"),
+        ({"weight_bits": "four"}, "malformed record"),
+        ({"smooth_scale": "none"}, "malformed record"),
+        ({"gptq_block_size": 0}, "malformed record"),
     ],
 )
 def test_what_cannot_be_recovered_is_named(

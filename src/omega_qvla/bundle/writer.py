@@ -33,7 +33,7 @@ from omega_qvla.pack.files import why_not_written, write_tensors
 from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import source_digest
 from omega_qvla.pack.merge import differing_tensors
-from omega_qvla.pack.reader import Pack, read_pack
+from omega_qvla.pack.reader import Pack, read_manifest, read_pack
 from omega_qvla.policies.files import write_json
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
 from omega_qvla.policies.registry import CONFIG, read_outline, source_hash
@@ -67,6 +67,7 @@ def write_bundle(
             pack.
     """
     options = options or BundleOptions()
+    read_manifest(pack)  # a missing or foreign one is named before anything is written
     if is_bundle(checkpoint_dir):
         raise BundleError(f"{checkpoint_dir} is a bundle already; give the original checkpoint")
     found = read_outline(
@@ -116,16 +117,17 @@ def _new_folder(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with output_lock(out, BundleError):
-            temporary.mkdir(parents=True)
-            yield temporary
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
-            os.rename(temporary, out)
-            _sync(out.parent)
+            try:
+                temporary.mkdir(parents=True)
+                yield temporary
+                for path in (*temporary.rglob("*"), temporary):
+                    _sync(path)
+                os.rename(temporary, out)
+                _sync(out.parent)
+            finally:  # while the lock is held: another thread's folder has the same name
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise BundleError(f"{out} cannot be written: {why_not_written(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

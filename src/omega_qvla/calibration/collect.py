@@ -18,6 +18,8 @@ from omega_qvla.calibration.samples import ObservationSet
 from omega_qvla.errors import CalibrationError
 from omega_qvla.numerics.stats import LayerStats
 from omega_qvla.pack.files import (
+    Header,
+    check_replaceable,
     hash_entries,
     read_header,
     tensor_sha256,
@@ -53,7 +55,12 @@ class Calibration:
         return sha256_text(_index(self)[0])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, atomically. Raises CalibrationError."""
+        """Write one safetensors file, atomically.
+
+        Raises:
+            CalibrationError: it cannot be written, or something else than a calibration is there.
+        """
+        check_replaceable(Path(path), FORMAT_NAME, CalibrationError)
         text, tensors = _index(self)
         metadata = {"format": FORMAT_NAME, "index": text, "index_sha256": sha256_text(text)}
         try:
@@ -79,7 +86,13 @@ class Calibration:
         text = metadata.get("index", "")
         if sha256_text(text) != metadata.get("index_sha256"):
             raise CalibrationError(f"{path}: the header is altered (sha256 differs)")
-        index = json.loads(text)
+        try:
+            return cls._from_index(path, header, json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CalibrationError(f"{path}: a damaged index: {error!r}") from error
+
+    @classmethod
+    def _from_index(cls, path: Path, header: Header, index: Mapping[str, Any]) -> Calibration:
         altered = [
             name
             for name, digest in hash_entries(path, header).items()

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError
-from omega_qvla.pack.files import read_header, tensor_bytes, why_not_written, write_tensors
+from omega_qvla.pack.files import (
+    check_replaceable,
+    read_header,
+    tensor_bytes,
+    why_not_written,
+    write_tensors,
+)
 from omega_qvla.pack.reader import load_tensors
 from omega_qvla.policies.observation import Observation
 
@@ -84,8 +90,10 @@ def write_observations(
     origins as JSON metadata.
 
     Raises:
-        CalibrationError: no observations, or they differ in cameras, image or state size.
+        CalibrationError: no observations, or they differ in cameras, image or state size; the
+            file cannot be written, or something else than observations is there.
     """
+    check_replaceable(Path(path), FORMAT_NAME, CalibrationError)
     tensors, plain = _pack(ObservationSet(tuple(observations), tuple(meta), source))
     metadata = {"format": FORMAT_NAME, "samples": json.dumps(plain, sort_keys=True)}
     try:
@@ -121,9 +129,12 @@ def read_observations(path: str | os.PathLike[str]) -> ObservationSet:
             for i, prompt in enumerate(plain["prompts"])
         )
         meta = tuple(SampleMeta(*origin) for origin in plain["origins"])
+        lengths = {len(array) for array in (state, *arrays.values())}
+        if lengths != {len(meta)} or len(meta) != len(observations) or not meta:
+            raise ValueError(f"{len(meta)} origins for arrays of {sorted(lengths)}")
+        return ObservationSet(observations, meta, str(plain["source"]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path}: a damaged file of observations: {error!r}") from error
-    return ObservationSet(observations, meta, plain["source"])
 
 
 def _pack(samples: ObservationSet) -> tuple[dict[str, Tensor], dict[str, Any]]:

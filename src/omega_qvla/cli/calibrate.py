@@ -88,16 +88,19 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Calibrate and write the file."""
-    from omega_qvla.calibration.collect import calibrate
+    from omega_qvla.calibration.collect import FORMAT_NAME, calibrate
     from omega_qvla.cli.checkpoints import open_checkpoint
     from omega_qvla.cli.sources import given_observations
     from omega_qvla.cli.sweep import run_sweep
     from omega_qvla.config.presets import resolve_recipe
+    from omega_qvla.pack.files import check_replaceable
     from omega_qvla.pack.lock import output_lock
     from omega_qvla.policies.registry import load_policy
 
     if bool(args.out) == bool(args.sweep):
         raise ConfigError("give either --out FILE or --sweep N,N,...: a sweep keeps no calibration")
+    if args.out:
+        check_replaceable(args.out, FORMAT_NAME, CalibrationError)
     recipes = [resolve_recipe(name) for name in args.recipe or ["omega"]]
     options = loading(args)
     outline = open_checkpoint(args.checkpoint, **options)

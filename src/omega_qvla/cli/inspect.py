@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,10 +102,7 @@ def _facts(path: Path, manifest: Manifest, sizes: Sizes) -> dict[str, Any]:
     origin = "none needed"
     if calibration:
         parts = calibration.get("parts", [calibration])
-        origin = "; ".join(
-            f"{c['count']} observations ({c['source']}), {c['num_steps']} steps, seed {c['seed']}"
-            for c in parts
-        )
+        origin = "; ".join(map(_origin, parts))
     return {
         "pack": f"{path} (format {manifest.format_version})",
         "family": manifest.family,
@@ -117,6 +115,17 @@ def _facts(path: Path, manifest: Manifest, sizes: Sizes) -> dict[str, Any]:
         "size": f"{size(sizes.layer_bytes)} for {size(sizes.layer_bytes_16bit)} in 16 bits "
         f"({percent(sizes.ratio, 1)}); file {size(sizes.file_bytes)}",
     }
+
+
+def _origin(calibration: Mapping[str, Any]) -> str:
+    """One calibration in words; a converted pack says instead which file it was."""
+    if not calibration:
+        return "none needed"
+    said = calibration.get
+    if "count" not in calibration:
+        return f"{said('source', 'unknown')} {said('file', '')}".strip()
+    words = f"{said('count')} observations ({said('source')}), {said('num_steps')} steps"
+    return f"{words}, seed {said('seed')}"
 
 
 def layer_row(layer: QuantizedLayer) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _check_verb(verb: str) -> None:
 
 
 def _run(verb: str, words: Sequence[str], debug: bool) -> int:
-    from omega_qvla.cli.parsing import verb_parser
+    from omega_qvla.cli.parsing import check_device, verb_parser
 
     module = import_module(VERBS[verb].module)
     parser = verb_parser(verb, module.DESCRIPTION, module.EXAMPLES)
@@ -100,6 +100,7 @@ def _run(verb: str, words: Sequence[str], debug: bool) -> int:
 
     console = Console(as_json=args.json, quiet=args.quiet)
     try:
+        check_device(getattr(args, "device", "cpu"))
         code: int = module.run(args, console)
         return code
     except KeyboardInterrupt:

@@ -19,12 +19,17 @@ from omega_qvla.errors import RecipeError
 Setter = Callable[[Scheme, Any], Scheme | None]
 
 
-def _rank(scheme: Scheme, value: int) -> Scheme:
-    return _weight(scheme, rank=value)
+def _rank(scheme: Scheme, value: int) -> Scheme | None:
+    return None if _kept(scheme) else _weight(scheme, rank=value)
 
 
-def _weight_bits(scheme: Scheme, value: int) -> Scheme:
-    return _weight(scheme, bits=value)
+def _weight_bits(scheme: Scheme, value: int) -> Scheme | None:
+    return None if _kept(scheme) else _weight(scheme, bits=value)
+
+
+def _kept(scheme: Scheme) -> bool:
+    """Whether the recipe leaves the layer in 16 bits, with nothing to set."""
+    return scheme.weight.bits == 16
 
 
 def _damp(scheme: Scheme, value: float) -> Scheme | None:
@@ -65,8 +70,8 @@ def _activation(scheme: Scheme, **changes: Any) -> Scheme:
 
 #: flag -> (type, setter, what it sets, what a scheme must have for it to matter)
 OVERRIDES: dict[str, tuple[Callable[[str], Any], Setter, str, str]] = {
-    "weight-bits": (at_least(1), _weight_bits, "bits of a weight: 2, 3 or 4", ""),
-    "act-bits": (at_least(1), _act_bits, "bits of an activation: 4 or 8", "rounded activations"),
+    "weight-bits": (at_least(1), _weight_bits, "bits of a weight: 2, 3, 4 or 8", ""),
+    "act-bits": (at_least(1), _act_bits, "bits of an activation: 4, 6 or 8", "rounded activations"),
     "svd-rank": (at_least(0), _rank, "rank kept in 16 bits beside the integers", ""),
     "act-percentile": (float, _percentile, "of |x|, for static scales", "per_step_channel scales"),
     "block-size": (at_least(1), _block, "columns per GPTQ block", "GPTQ, or scales per block"),

@@ -66,6 +66,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
+def check_device(name: str) -> None:
+    """Raise ConfigError unless tensors can be had on the torch device `name`, before any work."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--device {name}: not on this machine or with this torch ({reason}); leave it out "
+            "for the CPU"
+        ) from error
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """--backend and --device."""
     parser.add_argument(

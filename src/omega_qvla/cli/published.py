@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.loading import loading
 from omega_qvla.cli.overrides import OVERRIDES
+from omega_qvla.cli.parsing import SAMPLES
 from omega_qvla.errors import ConfigError
 
 ACTIVATIONS = ("none", "per_token", "per_token_group")
-#: What a conversion takes from the file: giving it as well would be ignored.
-_IN_THE_FILE = ("include", "exclude", "calibration", "observations", "env", "num_steps")
+#: What a conversion has no use for, with its default: giving it as well would be ignored.
+_WITHOUT_EFFECT: Mapping[str, Any] = {
+    **dict.fromkeys(("include", "exclude", "calibration", "observations", "dataset", "camera")),
+    **dict.fromkeys(("state_key", "held_out", "env", "tasks", "protocol", "assets")),
+    **dict.fromkeys(("save_observations", "num_steps", "token_cap")),
+    **dict.fromkeys(("allow_protected", "cascade", "no_resume", "substitutes"), False),
+    "recipe": "omega",
+    "side": "both",
+    "dtype": "float32",
+    "num_samples": SAMPLES,
+    "seed": 0,
+}
 
 
 def add_published(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +52,8 @@ def convert(args: argparse.Namespace, console: Console) -> None:
     from omega_qvla.policies.registry import load_policy
 
     overrides = [flag.replace("-", "_") for flag in OVERRIDES if flag != "act-bits"]
-    given = [name for name in (*_IN_THE_FILE, *overrides) if getattr(args, name) is not None]
+    useless = {**_WITHOUT_EFFECT, **dict.fromkeys(overrides)}
+    given = [name for name, default in useless.items() if getattr(args, name) != default]
     if args.act_bits is not None and args.activation in (None, "none"):
         given.append("act_bits")
     if given:

@@ -89,6 +89,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Build the pack and show its sizes."""
+    from omega_qvla.pack.files import check_replaceable
+    from omega_qvla.pack.writer import FORMAT_NAME
+
+    check_replaceable(args.out, FORMAT_NAME)
     if args.from_published is not None:
         convert(args, console)
         console.result(show_sizes(args.out, console))

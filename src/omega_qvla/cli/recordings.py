@@ -19,7 +19,7 @@ from omega_qvla.calibration.sources.layout import read_layout
 from omega_qvla.calibration.sources.mapping import DEFAULT_STATE_KEY, map_cameras
 from omega_qvla.cli.parsing import unique
 from omega_qvla.errors import ConfigError, EvaluationError, ObservationError
-from omega_qvla.pack.reader import read_pack
+from omega_qvla.pack.reader import read_manifest
 
 if TYPE_CHECKING:
     from omega_qvla.policies.base import Policy
@@ -79,11 +79,14 @@ def draw_checked(
 
 def check_unseen(label: str, pack: str, samples: ObservationSet) -> None:
     """Raise EvaluationError if the pack was calibrated on an episode of the held-out samples."""
-    calibration = read_pack(pack, verify=False).manifest.calibration
-    if _recording(str(calibration.get("source", ""))) != _recording(samples.source):
-        return
+    calibration = read_manifest(pack).calibration
     held = {(meta.task, meta.episode) for meta in samples.meta}
-    seen = {(task, episode) for task, episode, _ in calibration.get("samples", [])}
+    seen = {
+        (task, episode)
+        for part in calibration.get("parts", [calibration])  # a merged pack may have several
+        if _recording(str(part.get("source", ""))) == _recording(samples.source)
+        for task, episode, _ in part.get("samples", [])
+    }
     if held & seen:
         episodes = ", ".join(str(episode) for _, episode in sorted(held & seen))
         raise EvaluationError(

@@ -70,8 +70,9 @@ class Capabilities:
         groups = [] if scheme.weight.group is None else [scheme.weight.group]
         if scheme.activation.kind in ("per_token_group", "per_step_group"):
             groups.append(scheme.activation.group)
-        if any(group % self.group_multiple for group in groups):
-            return f"groups of {min(groups)} inputs are no multiples of {self.group_multiple}"
+        odd = [group for group in groups if group % self.group_multiple]
+        if odd:
+            return f"groups of {odd[0]} inputs are no multiples of {self.group_multiple}"
         return None
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from omega_qvla.numerics.checks import require_finite
+
 QMAX = 127
 _ROWS = 4096
 
@@ -18,12 +20,16 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A row of zeros gets scale 1. Some rows at a time: a wide copy of an embedding table would be
     several times its size.
+
+    Raises:
+        NumericsError: a value is not finite.
     """
     quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), 1, device=weight.device)
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         wide = weight[rows].float()
+        require_finite(wide, "a weight to be stored in 8 bits")
         scale = wide.abs().amax(1, keepdim=True) / QMAX
         scales[rows] = torch.where(scale > 0, scale, torch.ones_like(scale))
         quantized[rows] = (wide / scales[rows]).round().clamp(-QMAX, QMAX).to(torch.int8)

@@ -38,7 +38,8 @@ class QuantizedLayer:
 
     Raises:
         NumericsError: at construction, when a tensor's shape or dtype does not fit, one that
-            the scheme needs is missing, or a scale is zero or not finite.
+            the scheme needs is missing, or holds what would silently spoil every result: a
+            scale that is not positive, a value that is not finite, a permutation that is none.
     """
 
     name: str
@@ -74,10 +75,10 @@ class QuantizedLayer:
         for name in TENSOR_FIELDS:
             if getattr(self, name) is not None and name not in expected:
                 raise NumericsError(f"layer {self.name}: its scheme has no use for {name}")
-        for name in ("weight_scale", "smooth", "act_scale"):
-            value = getattr(self, name)
-            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
-                raise NumericsError(f"layer {self.name}: {name} is not finite and positive")
+        for name, value in self.tensors().items():
+            fault = _fault(name, value)
+            if fault is not None:
+                raise NumericsError(f"layer {self.name}: {name} {fault}")
 
     @property
     def transform(self) -> InputTransform:
@@ -111,6 +112,21 @@ class QuantizedLayer:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(value.numel() * value.element_size() for value in self.tensors().values())
+
+
+def _fault(name: str, value: Tensor) -> str | None:
+    """What is wrong with the values of a tensor of the right shape and dtype, in words."""
+    if name in ("weight_scale", "smooth", "act_scale"):
+        good = bool((torch.isfinite(value) & (value > 0)).all())
+        return None if good else "is not finite and positive"
+    if name == "permutation":
+        order = torch.arange(len(value), dtype=value.dtype, device=value.device)
+        return None if torch.equal(value.sort().values, order) else "is none"
+    if name == "signs":
+        return None if bool((value.abs() == 1).all()) else "are not +-1"
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return "is not finite"
+    return None
 
 
 TENSOR_FIELDS: tuple[str, ...] = tuple(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -202,6 +202,23 @@ def _entries(path: Path, header: Mapping[str, Any], error: type[OmegaError]) -> 
             raise error(f"{path}: the header entry of {name} is altered: its data do not adjoin")
         offset = entry.end
     return entries
+
+
+def check_replaceable(path: Path, format_name: str, error: type[OmegaError] = PackError) -> None:
+    """Raise `error` where writing to `path` would replace anything but a file of that format.
+
+    A path that was mistyped may be a checkpoint's.
+    """
+    if not os.path.lexists(path):
+        return
+    found = None
+    with suppress(error):
+        found = read_header(path, error).metadata.get("format") if path.is_file() else None
+    if found != format_name:
+        raise error(
+            f"{path} exists and is no {format_name}: it is left alone; remove it, or choose "
+            "another output"
+        )
 
 
 def hash_entries(path: Path, header: Header) -> dict[str, str]:

@@ -86,7 +86,11 @@ def _owner(file: Path) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
+    """Of `path` alone: what is being written of a neighbour `<name>.<more>` is not ours."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if not writer.isdecimal():
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

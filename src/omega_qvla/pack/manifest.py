@@ -77,7 +77,11 @@ class TensorEntry:
     def from_dict(cls, name: str, data: Any) -> TensorEntry:
         """Raises PackError naming the tensor."""
         _need_keys(data, {"dtype", "shape", "sha256"}, f"tensor {name}")
-        return cls(data["dtype"], tuple(data["shape"]), data["sha256"])
+        dtype, shape, digest = data["dtype"], data["shape"], data["sha256"]
+        words = isinstance(dtype, str) and isinstance(digest, str)
+        if not words or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+            raise PackError(f"tensor {name}: impossible dtype, shape or hash in the manifest")
+        return cls(dtype, tuple(shape), digest)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Manifest:
         """Raises PackError: another format version, an unknown or missing key."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PackError(f"the manifest is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise PackError("the manifest is not a mapping")
@@ -134,6 +138,11 @@ class Manifest:
         for key in ("source", "recipe", "config", "calibration", "software", "layers", "tensors"):
             if not isinstance(data[key], dict):
                 raise PackError(f"the manifest's {key} is not a mapping")
+        if not all(isinstance(digest, str) for digest in data["source"].values()):
+            raise PackError("the manifest's source holds something else than hashes")
+        steps, family = data["num_steps"], data["family"]
+        if type(steps) is not int or steps < 1 or not isinstance(family, str):
+            raise PackError(f"the manifest has family {family!r} and {steps!r} denoising steps")
         data["layers"] = {n: LayerEntry.from_dict(n, d) for n, d in data["layers"].items()}
         data["tensors"] = {n: TensorEntry.from_dict(n, d) for n, d in data["tensors"].items()}
         return cls(**data)
@@ -141,7 +150,7 @@ class Manifest:
 
 def check_version(version: Any) -> None:
     """Raises PackError unless this program reads packs of format `version`."""
-    if version == FORMAT_VERSION and isinstance(version, int):
+    if version == FORMAT_VERSION and type(version) is int:
         return
     newer = isinstance(version, int) and version > FORMAT_VERSION
     mend = "upgrade omega-qvla" if newer else "rebuild the pack"

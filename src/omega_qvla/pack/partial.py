@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,13 +22,12 @@ class PartialBuild:
     """The directory `<out>.partial`, bound to the build that it belongs to.
 
     Args:
-        out: the pack to be.
+        out: the pack to be, on which the caller has the `output_lock`.
         manifest: of that pack; its small fields go into each layer's file.
         names: all layers, in order; a layer's place in it names its file.
     """
 
     def __init__(self, out: Path, manifest: Manifest, names: Sequence[str]) -> None:
-        self._out = out
         self.path = out.with_name(f"{out.name}.partial")
         self._manifest = dataclasses.replace(
             manifest, source={}, recipe={}, calibration={}, config={}
@@ -65,7 +63,8 @@ class PartialBuild:
         if differing:
             raise PackError(
                 f"{self.path} holds unfinished work of another build ({', '.join(differing)} "
-                "differ); delete that directory, build without resuming, or write elsewhere"
+                "differ); delete that directory, build without resuming (--no-resume), or write "
+                "elsewhere"
             )
 
     def finished(self, name: str) -> bool:
@@ -90,8 +89,7 @@ class PartialBuild:
 
     def remove(self) -> None:
         """Delete what was kept (the binding last), and the directory if nothing else is in it."""
-        leftovers = self._out.parent.glob(f".{glob.escape(self._out.name)}.*.tmp")  # of a SIGKILL
-        for file in (*self.path.glob("layer-*"), *self.path.glob(".*.tmp"), *leftovers):
+        for file in (*self.path.glob("layer-*"), *self.path.glob(".*.tmp")):
             file.unlink()
         (self.path / _BINDING).unlink(missing_ok=True)
         if self.path.exists() and not any(self.path.iterdir()):

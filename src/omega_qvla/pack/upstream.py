@@ -113,6 +113,10 @@ def convert_published(
             raise
         except OmegaError as error:
             raise PackError(f"{published.path}: layer {name}: {error}") from error
+        except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+            raise PackError(
+                f"{published.path}: layer {name}: a malformed record: {error!r}"
+            ) from error
     steps = {layer.num_steps for layer in layers.values() if layer.num_steps is not None}
     if len(steps) > 1:
         raise PackError(f"{published.path}: tables of {sorted(steps)} denoising steps; one of them")

@@ -117,19 +117,7 @@ def _integer_fault(inside: bool) -> str:
 
 
 def _tensor_faults(layer: QuantizedLayer) -> Iterator[tuple[str, str]]:
-    for name, tensor in layer.tensors().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            yield name, "is not finite"
-    for name in ("weight_scale", "smooth", "act_scale"):
-        tensor = getattr(layer, name)
-        if tensor is not None and not bool((tensor > 0).all()):
-            yield name, "is not positive"
-    if layer.permutation is not None:
-        expected = torch.arange(layer.in_features, dtype=layer.permutation.dtype)
-        if not torch.equal(layer.permutation.sort().values, expected):
-            yield "permutation", "is none"
-    if layer.signs is not None and not bool((layer.signs.abs() == 1).all()):
-        yield "signs", "are not +-1"
+    """What a layer that could be read may still be wrong in; see `QuantizedLayer` for the rest."""
     widths = {"rotation": layer.in_features, "output_rotation": layer.out_features}
     if layer.first_rotation is not None:  # blocks that all columns share
         size = layer.first_rotation.shape[-1]

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.files import DTYPES, tensor_sha256, why_not_written, write_tensors
+from omega_qvla.pack.files import (
+    DTYPES,
+    check_replaceable,
+    tensor_sha256,
+    why_not_written,
+    write_tensors,
+)
 from omega_qvla.pack.manifest import (
     FORMAT_VERSION,
     LayerEntry,
@@ -33,10 +39,12 @@ def write_pack(
 
     Raises:
         PackError: no layers, a key that does not equal its layer's name, an unstorable dtype,
-            or the file cannot be written. Nothing is left at `path` then but what was there.
+            the file cannot be written, or something else than a pack is there. Nothing is left
+            at `path` then but what was there.
     """
     if not layers:
         raise PackError(f"{os.fspath(path)}: a pack needs at least one layer")
+    check_replaceable(Path(path), FORMAT_NAME)
     tensors: dict[str, Tensor] = {}
     for name in sorted(layers):
         if layers[name].name != name:
