@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from omega_qvla.cli.libero_observations import expert_episode, from_libero, libe
 from omega_qvla.cli.main import main
 from omega_qvla.cli.parsing import LIBERO_SUITES
 from omega_qvla.cli.sources import CALIBRATION_SEED, HELD_OUT_SEED
+from omega_qvla.envs.libero import LiberoEnv
 from omega_qvla.envs.libero_files import find_assets, has_substitutes
 from omega_qvla.envs.libero_protocol import PROTOCOLS, SUITES
-from omega_qvla.errors import EnvError
+from omega_qvla.errors import EnvError, ObservationError
 from omega_qvla.policies.registry import save_policy
 from policies.tiny import tiny_pi05
 
@@ -112,13 +114,40 @@ def test_observations_are_collected_and_kept(given: Mapping[str, Any], tmp_path:
 
 @pytest.mark.sim
 @pytest.mark.libero
-def test_a_policy_of_another_width_is_refused_before_anything_is_made(
-    given: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("camera", "message"),
+    [
+        ("front", "through the cameras front, wrist; libero has base, wrist, and lacks front"),
+        ("base", "those of libero 7"),  # the policy has four
+    ],
+)
+def test_a_policy_of_another_robot_is_refused_before_anything_is_made(
+    camera: str,
+    message: str,
+    given: Mapping[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint = str(save_policy(tiny_pi05(num_steps=2), tmp_path / "checkpoint"))
+    checkpoint = save_policy(tiny_pi05(num_steps=2), tmp_path / "checkpoint")
+    settings = checkpoint / "processor.json"
+    settings.write_text(settings.read_text().replace('"base"', f'"{camera}"'))
     (tmp_path / "own.yaml").write_text(OWN)
     words = ["--suite", "libero_object", "--tasks", "1", "--trials", "1", "--workers", "0"]
     words += ["--protocol", str(tmp_path / "own.yaml"), "--assets", given["assets"]]
     words += ["--substitutes"] * given["substitutes"]
-    assert main(["eval", checkpoint, *words, "--out", str(tmp_path / "r.jsonl"), "--json"]) == 2
-    assert "those of libero 7" in capsys.readouterr().err
+    out = tmp_path / "r.jsonl"
+    assert main(["eval", str(checkpoint), *words, "--out", str(out), "--json"]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.sim
+@pytest.mark.libero
+def test_an_observation_without_a_camera_of_the_policy_is_refused(given: Mapping[str, Any]) -> None:
+    protocol = {"name": "small", "camera_size": 32, "rendering": "fast", "settle_steps": 2}
+    options = {"protocol": protocol, "cameras": {"front": "frontview"}}
+    env = LiberoEnv("libero_object/1", **options, **given)
+    seen = replace(env.reset(0), state=np.zeros(4, np.float32))  # as wide as the policy's
+    env.close()
+    with pytest.raises(ObservationError, match="base"):
+        tiny_pi05(num_steps=2).infer(seen)
