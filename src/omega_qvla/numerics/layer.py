@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class QuantizedLayer:
     num_steps: denoising steps it was calibrated for; None for a layer outside them.
     qweight: uint8 [out, ceil(in / 2)], see `numerics.packing`; int8 [out, in] for 8 bits;
     f16 [out, in] for 16, the weight itself, with the gain of each row as its scale.
-    weight_scale: f16 [out, groups]. bias: f32 [out]. smooth: f16 [in].
+    weight_scale: f16 [out, groups], of either sign where weights are `signed`.
+    bias: f32 [out]. smooth: f16 [in].
     permutation: int32 [in]. rotation: f16 [n_blocks, B, B], svd kinds;
     [1, B, B], used for every B channels, `duquant`, which has a first_rotation f16 [1, B, B]
     before its permutation too. signs: int8 [in],
@@ -38,7 +40,8 @@ class QuantizedLayer:
 
     Raises:
         NumericsError: at construction, when a tensor's shape or dtype does not fit, one that
-            the scheme needs is missing, or a scale is zero or not finite.
+            the scheme needs is missing, or a scale is zero, not finite, or negative where the
+            scheme's weights are not `signed`.
     """
 
     name: str
@@ -74,10 +77,8 @@ class QuantizedLayer:
         for name in TENSOR_FIELDS:
             if getattr(self, name) is not None and name not in expected:
                 raise NumericsError(f"layer {self.name}: its scheme has no use for {name}")
-        for name in ("weight_scale", "smooth", "act_scale"):
-            value = getattr(self, name)
-            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
-                raise NumericsError(f"layer {self.name}: {name} is not finite and positive")
+        for name, fault in scale_faults(self):
+            raise NumericsError(f"layer {self.name}: {name} {fault}")
 
     @property
     def transform(self) -> InputTransform:
@@ -116,6 +117,18 @@ class QuantizedLayer:
 TENSOR_FIELDS: tuple[str, ...] = tuple(
     field.name for field in dataclasses.fields(QuantizedLayer) if "Tensor" in str(field.type)
 )
+
+
+def scale_faults(layer: QuantizedLayer) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of each tensor of divisors or scales that its scheme cannot have."""
+    for name in ("weight_scale", "smooth", "act_scale"):
+        value = getattr(layer, name)
+        if value is None:
+            continue
+        signed = name == "weight_scale" and layer.scheme.weight.signed
+        possible = value != 0 if signed else value > 0
+        if not bool((torch.isfinite(value) & possible).all()):
+            yield name, "is zero or not finite" if signed else "is not finite and positive"
 
 
 def act_scale_shape(scheme: Scheme, in_features: int, num_steps: int | None) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import PackError
-from omega_qvla.numerics.layer import QuantizedLayer
+from omega_qvla.numerics.layer import QuantizedLayer, scale_faults
 from omega_qvla.numerics.metrics import nmse
 from omega_qvla.numerics.qparams import qrange
 from omega_qvla.numerics.rotation import apply_output_rotation, block_sizes
@@ -120,10 +120,7 @@ def _tensor_faults(layer: QuantizedLayer) -> Iterator[tuple[str, str]]:
     for name, tensor in layer.tensors().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             yield name, "is not finite"
-    for name in ("weight_scale", "smooth", "act_scale"):
-        tensor = getattr(layer, name)
-        if tensor is not None and not bool((tensor > 0).all()):
-            yield name, "is not positive"
+    yield from scale_faults(layer)
     if layer.permutation is not None:
         expected = torch.arange(layer.in_features, dtype=layer.permutation.dtype)
         if not torch.equal(layer.permutation.sort().values, expected):
