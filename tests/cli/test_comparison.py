@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli.fakes import TASKS, collect
 from omega_qvla.calibration import Calibration
@@ -24,7 +25,6 @@ from omega_qvla.cli.comparison.verb import name_checkpoints
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.main import main
 from omega_qvla.config import Recipe, preset
-from omega_qvla.config.recipe import dump_yaml
 from omega_qvla.errors import ConfigError, EvaluationError, RecipeError
 from omega_qvla.evaluation.open_loop import Drift
 from omega_qvla.pack import read_pack
@@ -268,7 +268,7 @@ def test_an_infinite_channel_survives_the_file() -> None:
 
 def test_arms_by_name(tmp_path: Path) -> None:
     recipe = dataclasses.replace(preset("rtn"), name="mine")
-    dump_yaml(recipe, tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     arms = parse_arms(["rtn,omega@10", f"{tmp_path}/r.yaml@cascade", "rtn"])
     assert [arm.name for arm in arms] == ["rtn", "omega@10", "mine@cascade"]
     assert arms[1].samples == 10 and arms[2].cascade and arms[2].recipe == recipe
@@ -281,7 +281,7 @@ def test_arms_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'x' is neither a number"):
         parse_arm("omega@x")
     with pytest.raises(ConfigError, match="two recipes are called 'mine@cascade'"):
-        dump_yaml(recipe, tmp_path / "s.yaml")
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
         parse_arms([f"{tmp_path}/r.yaml@cascade", f"{tmp_path}/s.yaml@cascade"])
 
 

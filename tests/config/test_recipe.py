@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from omega_qvla.config import (
     PRESETS,
@@ -23,7 +24,8 @@ from omega_qvla.config import (
     preset,
     resolve_recipe,
 )
-from omega_qvla.config.recipe import dump_yaml, load_yaml
+from omega_qvla.config.ablations import ABLATIONS
+from omega_qvla.config.recipe import load_yaml
 from omega_qvla.errors import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,13 +36,12 @@ def test_bundled_yaml_equals_preset(name: str) -> None:
     assert load_yaml(RECIPES / f"{name}.yaml") == preset(name)
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", [*PRESETS, *ABLATIONS])
 def test_round_trips(name: str, tmp_path: Path) -> None:
-    recipe = preset(name)
+    recipe = resolve_recipe(name)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    dump_yaml(recipe, tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     assert resolve_recipe(tmp_path / "r.yaml") == recipe
-    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
 def test_overrides_round_trip_and_first_match_wins() -> None:
@@ -167,3 +168,76 @@ def test_signed_scales_are_written_and_read() -> None:
     plain = recipe.to_dict()["backbone"]["scheme"]
     assert plain["weight"]["signed"] is True and plain["activation"]["signed"] is True
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+LEARNED = {"smoothing": Smoothing(), "learning": Learning()}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {
+                "smoothing": Smoothing(search=True),
+                "activation": ActivationScheme("per_step_group"),
+            },
+            "smoothing.search judges .* per_step_group has no scales before",
+        ),
+        (
+            {
+                "weight": WeightScheme(method="gptq", rounded_inputs=True),
+                "activation": ActivationScheme("per_step_channel"),
+            },
+            "weight.rounded_inputs takes .* not per_step_channel: set it to false",
+        ),
+        (
+            {"weight": WeightScheme(method="gptq", rounded_inputs=True)},
+            "weight.rounded_inputs takes .* not none",
+        ),
+        (
+            {"rotation": Rotation("duquant"), "permutation": True},
+            "permutation: a duquant rotation brings its own",
+        ),
+        ({"learning": Learning()}, "learning starts from a smoothing: give one"),
+        ({**LEARNED, "rotation": Rotation("svd")}, "set rotation.kind none"),
+        ({**LEARNED, "output_rotation": True}, "output_rotation false"),
+        ({**LEARNED, "weight": WeightScheme(method="gptq")}, "set weight.method rtn"),
+        ({**LEARNED, "weight": WeightScheme(rank=4)}, "weight.rank 0"),
+        ({**LEARNED, "weight": WeightScheme(group=64)}, "leave weight.group null"),
+        ({**LEARNED, "weight": WeightScheme(clip=0.9)}, "leave weight.clip 1"),
+        ({**LEARNED, "weight": WeightScheme(grid="output")}, "weight.grid at `max`"),
+        (
+            {**LEARNED, "activation": ActivationScheme("per_token_group")},
+            "learning takes an activation.kind of per_token or none, not per_token_group",
+        ),
+    ],
+)
+def test_schemes_that_no_build_could_make_are_refused(
+    values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Scheme(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rotation("svd_hadamard", randomized=True), "rotation.randomized .* leave it"),
+        (lambda: Rotation(randomized=True), "rotation.randomized is of the kinds hadamard and"),
+        (
+            lambda: ActivationScheme("per_step_group", percentile=99.0),
+            "activation.percentile is for per_step_channel; per_step_group takes none",
+        ),
+    ],
+)
+def test_values_that_would_be_ignored_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+def test_a_recipe_that_differs_in_its_method_alone_keeps_the_order_of_gptq() -> None:
+    """Packs were written with these: `act_order` beside methods that have no use for it."""
+    for method in ("rtn", "gptq_block"):
+        assert WeightScheme(method=method, act_order=True).act_order  # type: ignore[arg-type]
+    side = ABLATIONS["omega+weights-rtn"].backbone
+    assert side is not None and side.scheme.weight.act_order

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from omega_qvla.config.presets import preset
-from omega_qvla.config.recipe import ActivationScheme, Learning, Scheme, WeightScheme
+from omega_qvla.config.recipe import Learning, Scheme
 from omega_qvla.errors import NumericsError
 from omega_qvla.kernels.reference import linear
 from omega_qvla.numerics.learned import learn
 from omega_qvla.numerics.quantize_layer import quantize_layer, smoothing_for
+from omega_qvla.numerics.smoothing import DIVISOR_LIMIT
 
 from .problems import layer_weight, stats_of, tokens
 
@@ -69,12 +70,21 @@ def test_a_rate_that_breaks_everything_falls_back_to_the_start() -> None:
     assert torch.equal(learned.divisor, start.half())
 
 
-def test_what_cannot_be_learned_is_refused() -> None:
-    samples, weight = tokens(20, 32), layer_weight(16, 32)
-    for change, message in (
-        ({"activation": ActivationScheme("per_token_group")}, "per_token inputs or none"),
-        ({"weight": WeightScheme(group=16)}, "one scale per row"),
-    ):
-        scheme = dataclasses.replace(omniquant(), **change)
-        with pytest.raises(NumericsError, match=f"layer l: .*{message}"):
-            quantize_layer("l", "backbone", weight, None, scheme, stats_of(samples), None)
+@pytest.mark.parametrize(
+    ("factor", "message"), [(1e6, "overflows torch.float16"), (1e-9, "are lost in torch.float16")]
+)
+def test_scales_that_16_bits_cannot_hold_are_refused(factor: float, message: str) -> None:
+    samples, weight = tokens(40, 32), layer_weight(16, 32) * factor
+    with pytest.raises(NumericsError, match=f"layer l: .*{message}"):
+        quantize_layer("l", "backbone", weight, None, omniquant(2), stats_of(samples), None)
+
+
+def test_a_divisor_beyond_its_limit_is_brought_back_and_the_layer_still_fits() -> None:
+    """Smoothing is undone in the weights whatever the divisor is: clipping one breaks nothing."""
+    samples, weight = tokens(300, 32), layer_weight(16, 32)
+    samples[0][:, 3] *= 1e-9  # its size against the others' is beyond what the limit allows
+    scheme = omniquant(2)
+    layer = quantize_layer("l", "backbone", weight, None, scheme, stats_of(samples), None)
+    assert layer.smooth is not None and float(layer.smooth.min()) == 1 / DIVISOR_LIMIT
+    y, expected = linear(samples[0], layer), samples[0] @ weight.T
+    assert float((y - expected).norm() / expected.norm()) < 0.2

@@ -88,6 +88,16 @@ def test_clipping_lowers_the_output_error_of_every_group(group: int | None) -> N
         assert float(losses[0].sum()) < 0.95 * float(losses[1].sum())
 
 
+@pytest.mark.parametrize(
+    ("factor", "message"), [(1e6, "overflows torch.float16"), (1e-9, "are lost in torch.float16")]
+)
+def test_clipping_refuses_scales_that_16_bits_cannot_hold(factor: float, message: str) -> None:
+    samples, weight = tokens(40, 32), layer_weight(16, 32) * factor
+    scheme = Scheme(weight=WeightScheme(grid="output"))
+    with pytest.raises(NumericsError, match=f"layer l: .*{message}"):
+        quantize_layer("l", "backbone", weight, None, scheme, stats_of(samples), None)
+
+
 def test_queries_and_keys_are_not_clipped() -> None:
     side = preset("awq-w4a16").action_head
     assert side is not None

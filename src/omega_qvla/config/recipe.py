@@ -7,18 +7,16 @@ so a recipe that exists can be executed; reading one from YAML refuses unknown k
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 
+from omega_qvla.config.fields import choice, from_plain, later, need, to_plain
 from omega_qvla.errors import RecipeError
 
 RotationKind = Literal["none", "hadamard", "svd", "svd_hadamard", "full_hadamard", "duquant"]
@@ -35,23 +33,6 @@ ActivationKind = Literal[
     "per_step_channel",
 ]
 RECIPE_VERSION = 1
-# Of a field that came after packs had been written: left out of what is written where it has its
-# default, so that older recipes keep their text and their hashes.
-_LATER = "later"
-
-
-def _later(default: Any) -> Any:
-    return field(default=default, metadata={_LATER: True})
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise RecipeError(message)
-
-
-def _choice(owner: str, value: str, literal: Any) -> None:
-    allowed = get_args(literal)
-    _need(value in allowed, f"{owner}: {value!r} is unknown; one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,8 @@ class Rotation:
     block: width of a block (a power of two); `full_hadamard` spans the whole width instead.
     `duquant`: two rotations, searched on the calibration tokens, with a permutation between
     them (see numerics/duquant.py).
-    randomized: multiply by seeded random signs first (the only thing then stored).
+    randomized: multiply by seeded random signs first (the only thing then stored); of the two
+    Hadamard kinds.
     """
 
     kind: RotationKind = "none"
@@ -70,9 +52,14 @@ class Rotation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("rotation.kind", self.kind, RotationKind)
+        choice("rotation.kind", self.kind, RotationKind)
         power_of_two = self.block > 0 and self.block & (self.block - 1) == 0
-        _need(power_of_two, f"rotation.block must be a power of two, not {self.block}")
+        need(power_of_two, f"rotation.block must be a power of two, not {self.block}")
+        need(
+            self.kind in ("hadamard", "full_hadamard") or not self.randomized,
+            f"rotation.randomized is of the kinds hadamard and full_hadamard; {self.kind} has no "
+            "signs: leave it false",
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,8 @@ class Smoothing:
     token cannot own the profile; of the `rms` profile only.
     profile: what a channel's size is. `rms`; `max`, the largest magnitude (SmoothQuant);
     `mean`, the mean magnitude, and the weights do not count: d = mean|x|^alpha (AWQ).
-    search: take the alpha of least output error among 20 from 0 to .95 instead of the given.
+    search: take the alpha of least output error among 20 from 0 to .95 instead of the given;
+    not with static activation scales, which are made after it.
     """
 
     alpha: float = 0.5
@@ -92,8 +80,8 @@ class Smoothing:
     search: bool = False
 
     def __post_init__(self) -> None:
-        _choice("smoothing.profile", self.profile, Profile)
-        _need(0 <= self.alpha <= 1, f"smoothing.alpha must lie in [0, 1], not {self.alpha}")
+        choice("smoothing.profile", self.profile, Profile)
+        need(0 <= self.alpha <= 1, f"smoothing.alpha must lie in [0, 1], not {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -109,10 +97,10 @@ class Learning:
     clip_rate: float = 1e-2
 
     def __post_init__(self) -> None:
-        _need(self.steps > 0, f"learning.steps must be positive, not {self.steps}")
-        _need(self.batch > 0, f"learning.batch must be positive, not {self.batch}")
+        need(self.steps > 0, f"learning.steps must be positive, not {self.steps}")
+        need(self.batch > 0, f"learning.batch must be positive, not {self.batch}")
         rates = self.smooth_rate >= 0 and self.clip_rate >= 0
-        _need(rates, "learning rates must not be negative")
+        need(rates, "learning rates must not be negative")
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,9 @@ class WeightScheme:
     rounded_inputs: GPTQ under the moments of the inputs as they will be rounded instead of
     exact ones, so that it does not trade large weights against each other that would carry
     rounding noise; dynamic activation kinds only.
-    damp, block, act_order: of the two GPTQ methods; rank: low-rank part kept in 16 bits.
+    damp, block: of the two GPTQ methods; act_order: of `gptq`. The other methods have no use for
+    them and say nothing: a recipe that differs in its method alone keeps them.
+    rank: low-rank part kept in 16 bits.
     signed: scales have a sign, so that the largest weight of a row or group maps to the integer
     of largest magnitude (-8 of -8..7): candidates are fractions of absmax/8 instead of absmax/7.
     """
@@ -144,25 +134,25 @@ class WeightScheme:
     rank: int = 0
     clip: float = 1.0
     rounded_inputs: bool = False
-    signed: bool = _later(False)
+    signed: bool = later(False)
 
     def __post_init__(self) -> None:
-        _choice("weight.method", self.method, WeightMethod)
-        _choice("weight.grid", self.grid, Grid)
-        _need(
+        choice("weight.method", self.method, WeightMethod)
+        choice("weight.grid", self.grid, Grid)
+        need(
             self.bits in (2, 3, 4, 8, 16), f"weight.bits must be 2, 3, 4, 8 or 16, not {self.bits}"
         )
         rtn = self.method == "rtn"
-        _need(rtn or self.grid != "output", "weight.grid `output` goes with method rtn")
-        _need(rtn or self.clip == 1.0, "weight.clip goes with method rtn")
-        _need(not (rtn and self.rounded_inputs), "weight.rounded_inputs goes with GPTQ")
+        need(rtn or self.grid != "output", "weight.grid `output` goes with method rtn")
+        need(rtn or self.clip == 1.0, "weight.clip goes with method rtn")
+        need(not (rtn and self.rounded_inputs), "weight.rounded_inputs goes with GPTQ")
         kept = self.bits == 16
-        _need(not (kept and self.signed), "weight.signed: weights of 16 bits have no grid to turn")
-        _need(0 < self.clip <= 1, f"weight.clip must lie in (0, 1], not {self.clip}")
-        _need(self.group is None or self.group > 0, "weight.group must be positive or null")
-        _need(self.damp > 0, f"weight.damp must be positive, not {self.damp}")
-        _need(self.block > 0, f"weight.block must be positive, not {self.block}")
-        _need(self.rank >= 0, f"weight.rank must not be negative, not {self.rank}")
+        need(not (kept and self.signed), "weight.signed: weights of 16 bits have no grid to turn")
+        need(0 < self.clip <= 1, f"weight.clip must lie in (0, 1], not {self.clip}")
+        need(self.group is None or self.group > 0, "weight.group must be positive or null")
+        need(self.damp > 0, f"weight.damp must be positive, not {self.damp}")
+        need(self.block > 0, f"weight.block must be positive, not {self.block}")
+        need(self.rank >= 0, f"weight.rank must not be negative, not {self.rank}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +161,8 @@ class ActivationScheme:
 
     `per_token*` scales are dynamic; `per_step_*` come from a calibrated table with one row
     per denoising step. group: channels that share a scale in the `_group` kinds.
-    clip: fraction of a dynamic absmax that is kept. percentile: of |x|, for static scales.
+    clip: fraction of a dynamic absmax that is kept; static kinds have no use for it and say
+    nothing. percentile: of |x|, for `per_step_channel`; the other static kinds search.
     pooled: static scales from the tokens of all steps together, the same in every step.
     bits: 4, 8, or 6, which no integer kernel has: emulated only.
     signed: dynamic scales have a sign, so that the value of largest magnitude maps to the integer
@@ -185,27 +176,31 @@ class ActivationScheme:
     clip: float = 1.0
     percentile: float = 99.9
     pooled: bool = False
-    signed: bool = _later(False)
+    signed: bool = later(False)
 
     def __post_init__(self) -> None:
-        _choice("activation.kind", self.kind, ActivationKind)
-        _need(self.bits in (4, 6, 8), f"activation.bits must be 4, 6 or 8, not {self.bits}")
-        _need(
+        choice("activation.kind", self.kind, ActivationKind)
+        need(self.bits in (4, 6, 8), f"activation.bits must be 4, 6 or 8, not {self.bits}")
+        need(
             self.static or not self.pooled,
             f"activation.pooled is for the per_step kinds; {self.kind} has no table to pool",
         )
-        _need(self.group > 0, f"activation.group must be positive, not {self.group}")
-        _need(
+        need(self.group > 0, f"activation.group must be positive, not {self.group}")
+        need(
             self.dynamic or not self.signed,
             f"activation.signed is for the per_token kinds; {self.kind} has no scale that is made "
             "from its input",
         )
         most = 1 + 1 / (2 ** (self.bits - 1) - 1) if self.signed else 1.0
-        _need(
+        need(
             0 < self.clip <= most,
             f"activation.clip must lie in (0, {most:.4g}], not {self.clip}",
         )
-        _need(0 < self.percentile <= 100, "activation.percentile must lie in (0, 100]")
+        need(0 < self.percentile <= 100, "activation.percentile must lie in (0, 100]")
+        need(
+            self.kind == "per_step_channel" or self.percentile == 99.9,
+            f"activation.percentile is for per_step_channel; {self.kind} takes none: leave it out",
+        )
 
     @property
     def static(self) -> bool:
@@ -237,22 +232,60 @@ class Scheme:
     balance: Balance = "none"
 
     def __post_init__(self) -> None:
-        _choice("balance", self.balance, Balance)
+        choice("balance", self.balance, Balance)
         kept = self.weight.bits == 16
-        _need(kept or self.balance == "none", "balance takes a layer with weight.bits 16")
+        need(kept or self.balance == "none", "balance takes a layer with weight.bits 16")
         if kept:
             plain = self.rotation.kind == "none" and self.activation.kind == "none"
             plain &= self.smoothing is None and not self.permutation and not self.output_rotation
             plain &= self.weight == WeightScheme(bits=16)
-            _need(plain, "a layer with weight.bits 16 takes nothing else but balance")
+            need(plain, "a layer with weight.bits 16 takes nothing else but balance")
+        need(
+            not (self.permutation and self.rotation.kind == "duquant"),
+            "permutation: a duquant rotation brings its own; leave it false",
+        )
+        self._check_searches()
         if self.learning is not None:
-            plain = self.rotation.kind == "none" and self.weight.method == "rtn"
-            _need(
-                self.smoothing is not None and plain and self.weight.rank == 0,
-                "learning takes a smoothing to start from, and neither rotation, GPTQ nor rank",
-            )
-            signed = self.weight.signed or self.activation.signed
-            _need(not signed, "learning moves positive scales; leave `signed` false")
+            self._check_learning()
+
+    def _check_searches(self) -> None:
+        """Raise RecipeError where a search would round inputs as nobody knows yet."""
+        activation = self.activation
+        need(
+            not (self.smoothing is not None and self.smoothing.search and activation.static),
+            f"smoothing.search judges rounded inputs, and {activation.kind} has no scales before "
+            "the smoothing: set it to false and give smoothing.alpha, or take an activation.kind "
+            "of per_token or per_token_group",
+        )
+        need(
+            activation.dynamic or not self.weight.rounded_inputs,
+            f"weight.rounded_inputs takes an activation.kind of per_token or per_token_group, not "
+            f"{activation.kind}: set it to false",
+        )
+
+    def _check_learning(self) -> None:
+        """Raise RecipeError where `numerics.learned` could not learn or would be ignored."""
+        weight, activation = self.weight, self.activation
+        need(self.smoothing is not None, "learning starts from a smoothing: give one")
+        need(
+            self.rotation.kind == "none" and not self.output_rotation,
+            "learning does not know of rotations: set rotation.kind none, output_rotation false",
+        )
+        need(
+            weight.method == "rtn" and weight.rank == 0,
+            "learning rounds to nearest: set weight.method rtn and weight.rank 0",
+        )
+        need(weight.group is None, "learning has one scale per row: leave weight.group null")
+        need(
+            weight.clip == 1.0 and weight.grid != "output",
+            "learning finds the clipping itself: leave weight.clip 1, and weight.grid at `max`",
+        )
+        need(
+            activation.kind in ("none", "per_token"),
+            f"learning takes an activation.kind of per_token or none, not {activation.kind}",
+        )
+        signed = weight.signed or activation.signed
+        need(not signed, "learning moves positive scales; leave `signed` false")
 
     @property
     def native(self) -> bool:
@@ -329,7 +362,7 @@ class Recipe:
         Raises:
             RecipeError: an unknown key, a missing name, a value of the wrong type or range.
         """
-        return _build(cls, data, "recipe")
+        return from_plain(cls, data, "recipe")
 
 
 def load_yaml(path: str | os.PathLike[str]) -> Recipe:
@@ -342,78 +375,3 @@ def load_yaml(path: str | os.PathLike[str]) -> Recipe:
         return Recipe.from_dict(data)
     except RecipeError as error:
         raise RecipeError(f"{os.fspath(path)}: {error}") from error
-
-
-def dump_yaml(recipe: Recipe, path: str | os.PathLike[str]) -> None:
-    """Write a recipe as YAML, atomically."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
-
-
-def to_plain(value: Any) -> Any:
-    """A recipe or a part of one as plain dicts, lists and scalars.
-
-    Every field is spelled out, but for those that were added after packs had been written
-    (`signed`): these appear only where they differ from their default.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if not (f.metadata.get(_LATER) and getattr(value, f.name) == f.default)
-        }
-    if isinstance(value, tuple):
-        return [to_plain(item) for item in value]
-    return value
-
-
-T = TypeVar("T")
-
-
-def _build(cls: type[T], data: Any, where: str) -> T:
-    """Make dataclass `cls` from a mapping, naming the place of whatever does not fit."""
-    _need(isinstance(data, Mapping), f"{where}: expected a mapping, got {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(map(str, data)) - set(fields))
-    _need(
-        not unknown,
-        f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}",
-    )
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in data
-    ]
-    _need(not missing, f"{where}: missing {', '.join(missing)}")
-    values = {key: _convert(hints[key], item, f"{where}.{key}") for key, item in data.items()}
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        _need(value in arguments, f"{where}: {value!r} is unknown; one of {arguments}")
-        return value
-    if origin is tuple:
-        _need(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
-        if arguments[-1] is Ellipsis:
-            items = enumerate(value)
-            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in items)
-        _need(len(value) == len(arguments), f"{where}: expected {len(arguments)} entries")
-        pairs = zip(arguments, value, strict=True)
-        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(pairs))
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _need(fits, f"{where}: expected {hint.__name__}, got {value!r}")
-    return value

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.config.recipe import ActivationScheme, Learning, Scheme
-from omega_qvla.errors import NumericsError
-from omega_qvla.numerics.qparams import qrange, storable
+from omega_qvla.numerics.qparams import check_storable, qrange, storable
 from omega_qvla.numerics.search import sample_tokens
 from omega_qvla.numerics.smoothing import DIVISOR_LIMIT
 
@@ -47,8 +46,7 @@ def _straight(x: Tensor, rounded: Tensor) -> Tensor:
 def _round_inputs(x: Tensor, activation: ActivationScheme) -> Tensor:
     if activation.kind == "none":
         return x
-    if activation.kind != "per_token":
-        raise NumericsError(f"learning takes per_token inputs or none, not {activation.kind}")
+    assert activation.kind == "per_token"  # `Scheme` refuses to learn with others
     low, high = qrange(activation.bits)
     scale = (x.abs().amax(-1, keepdim=True) * (activation.clip / high)).clamp_min(1e-12)
     scaled = x / scale
@@ -60,13 +58,14 @@ def learn(weight: Tensor, tokens: tuple[Tensor, ...], divisor: Tensor, scheme: S
 
     The best state by the loss on all tokens is kept, so the end is never worse than the start.
 
+    A divisor beyond DIVISOR_LIMIT is brought back to it, and the scales are those of what it then
+    makes of the weights: x/d and W*d stay each other's inverse, whatever d is.
+
     Raises:
-        NumericsError: inputs other than per token or unrounded, or weight groups.
+        NumericsError: the scales do not fit in float16.
     """
     learning = scheme.learning
     assert learning is not None
-    if scheme.weight.group is not None:
-        raise NumericsError("learned clipping has one scale per row; leave weight.group null")
     x = sample_tokens(tokens, _TOKENS)
     target = x @ weight.T
     log_d = divisor.float().log().clone().requires_grad_()
@@ -91,7 +90,9 @@ def learn(weight: Tensor, tokens: tuple[Tensor, ...], divisor: Tensor, scheme: S
         log_d.copy_(best[0])
         clip.copy_(best[1])
         half = log_d.exp().clamp(1 / DIVISOR_LIMIT, DIVISOR_LIMIT).half()
-        scale = storable(scale_of(weight * half.float()), torch.float16)
+        scale = scale_of(weight * half.float())
+        check_storable(scale, torch.float16)
+        scale = storable(scale, torch.float16)
     return Learned(half, scale, losses)
 
 

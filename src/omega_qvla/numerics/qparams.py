@@ -117,7 +117,7 @@ def weight_scales(
         raise NumericsError(f"a group must have at least one column, not {group}")
     blocks = split_groups(weight, group)
     absmax_scale = widest_scale(blocks, bits, clip, signed)
-    _check_storable(absmax_scale, store)
+    check_storable(absmax_scale, store)
     # Rows are independent; a few at a time stay in the processor's cache for all candidates.
     rows = max(_CACHED // max(weight.shape[1], 1), 1)
     parts = zip(torch.split(blocks, rows), torch.split(absmax_scale, rows), strict=True)
@@ -151,7 +151,7 @@ def storable(scale: Tensor, store: torch.dtype | None) -> Tensor:
     """`scale` rounded to dtype `store` (its own if None) and back, its sign kept; zeros become 1.
 
     A scale below the smallest number of `store` becomes that number: next to a layer's other
-    scales (`weight_scales` refuses a layer of nothing else) its weights vanish.
+    scales (`check_storable` refuses a layer of nothing else) its weights vanish.
     """
     info = torch.finfo(scale.dtype if store is None else store)
     smallest = info.tiny if store is None else info.smallest_normal * info.eps  # subnormal
@@ -161,7 +161,9 @@ def storable(scale: Tensor, store: torch.dtype | None) -> Tensor:
     return torch.where(scale.abs() > 0, torch.copysign(rounded, scale), torch.ones_like(scale))
 
 
-def _check_storable(scale: Tensor, store: torch.dtype | None) -> None:
+def check_storable(scale: Tensor, store: torch.dtype | None) -> None:
+    """Raise NumericsError where `storable` would distort a layer: its largest scale overflows
+    `store`, or all of them are too small to be told apart in it."""
     largest = float(scale.abs().max())
     if store is None or largest == 0:
         return

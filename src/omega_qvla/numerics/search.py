@@ -16,6 +16,7 @@ from omega_qvla.errors import NumericsError
 from omega_qvla.numerics.activation import quantize_per_token, quantize_per_token_group
 from omega_qvla.numerics.low_rank import low_rank_split
 from omega_qvla.numerics.qparams import (
+    check_storable,
     expand_groups,
     group_count,
     qrange,
@@ -64,7 +65,8 @@ def rounded_inputs(x: Tensor, activation: ActivationScheme) -> Tensor:
 def divisor_for(smoothing: Smoothing, x: Tensor, w: Tensor, alpha: float) -> Tensor:
     """The divisor [in] of channel sizes x and w for one power.
 
-    `mean` (AWQ): x^alpha alone, brought to sqrt(max * min) = 1 as AWQ has it.
+    `mean` (AWQ): x^alpha alone, brought to sqrt(max * min) = 1 as AWQ has it. Within
+    DIVISOR_LIMIT like every divisor: any d serves x/d and W*d, a clipped one moves less.
     """
     if smoothing.profile != "mean":
         return smoothing_divisor(x, w, alpha)
@@ -118,7 +120,11 @@ def output_scales(
 ) -> Tensor:
     """AWQ's clipping: per row and group, the scale of least e H_gg e^T, e the rounding error.
 
-    weight [out, in], hessian [in, in] of its inputs -> [out, n_groups] in the weight's dtype.
+    weight [out, in], hessian [in, in] of its inputs -> [out, n_groups] in the weight's dtype,
+    exact in `store` where that is given.
+
+    Raises:
+        NumericsError: the scales do not fit `store`.
     """
     (low, high), group = qrange(scheme.bits), scheme.group
     blocks = split_groups(weight, group)
@@ -127,11 +133,12 @@ def output_scales(
     h = torch.nn.functional.pad(hessian.to(weight.dtype), (0, padded, 0, padded))
     n_groups = h.shape[0] // size
     h = h.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    absmax = widest_scale(blocks, scheme.bits, signed=scheme.signed)
+    absmax = widest_scale(blocks, scheme.bits, scheme.clip, scheme.signed)
+    check_storable(absmax, store)
     best = storable(absmax, store)
     least = torch.full_like(best, float("inf"))
     for shrink in _SHRINKS:
-        scale = storable(absmax * (shrink * scheme.clip), store)
+        scale = storable(absmax * shrink, store)
         step = scale.unsqueeze(-1)
         error = (blocks / step).round_().clamp_(low, high).mul_(step).sub_(blocks)
         loss = (torch.einsum("ogi,gij->ogj", error, h) * error).sum(-1)
