@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.calibration.samples import SampleMeta, read_observations, write_observations
-from omega_qvla.pack.files import atomic_file
+from omega_qvla.files import atomic_file
 from omega_qvla.policies.base import Site
 from omega_qvla.policies.checkpoint import GROOT, PI05, WEIGHTS
 from omega_qvla.policies.files import write_json

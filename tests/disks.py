@@ -69,14 +69,14 @@ class _Full:
 
 @contextmanager
 def disk_with(left: int) -> Iterator[None]:
-    """Whatever `omega_qvla.pack.files` writes shares `left` bytes; then the disk is full."""
-    from omega_qvla.pack import files
+    """Whatever `omega_qvla.files` writes shares `left` bytes; then the disk is full."""
+    from omega_qvla import files
 
     budget = [left]
 
     def opened(path: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
         file = builtins.open(path, mode, *rest, **options)  # noqa: SIM115
-        return _Full(file, budget) if "w" in mode else file
+        return _Full(file, budget) if "x" in mode else file
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "open", opened, raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from omega_qvla.pack import read_pack
 from omega_qvla.pack.files import read_header
 from omega_qvla.policies.files import read_json
 from omega_qvla.policies.registry import load_policy, save_policy
+from omega_qvla.quantize import quantize_policy
 from omega_qvla.runtime.engine import Engine
 from policies.tiny import TINY, tiny_observation
 
@@ -59,6 +61,27 @@ def test_a_float32_checkpoint_stays_float32(family: str, tmp_path: Path) -> None
     manifests = (read_bundle(tmp_path / name) for name in ("keep", "narrow"))
     kept, halved = (m.files["rest.safetensors"].bytes for m in manifests)
     assert halved < 0.55 * kept
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """It would become infinite, and every action with it."""
+    policy = TINY["pi05"]()
+    name, parameter = next(
+        item for item in policy.module.named_parameters() if item[0].endswith("layer_norm2.bias")
+    )
+    for value, fits in ((65504.0, True), (65536.0, False)):
+        with torch.no_grad():
+            parameter[0] = value
+        folder = tmp_path / str(fits)
+        checkpoint = save_policy(policy, folder / "checkpoint", torch.float32)
+        pack = quantize_policy(policy, preset("rtn"), None, out=folder / "p")
+        write = partial(write_bundle, checkpoint, pack, folder / "b", BundleOptions("float16"))
+        if fits:
+            write()
+            continue
+        with pytest.raises(BundleError, match=rf"{name} holds a value of 65536 .* ends at 65504"):
+            write()
+        assert not (folder / "b").exists()
 
 
 def test_what_is_not_needed_is_not_there(built: Built, tmp_path: Path) -> None:

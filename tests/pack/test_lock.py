@@ -86,8 +86,8 @@ def test_a_file_that_its_owner_has_just_removed_is_not_the_lock(
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    mine = [".p.7.tmp", ".p.8.tmp/inside"]
-    others = [".p2.7.tmp", "p", ".p.tmp", ".q.7.tmp"]
+    mine = [".p.7.tmp", ".p.7-0123abcd.tmp", ".p.8-0123abcd.tmp/inside"]
+    others = [".p2.7.tmp", "p", ".p.tmp", ".q.7-0123abcd.tmp", ".p.7-0123.tmp"]
     others.append(".p.safetensors.7.tmp")  # of a pack that is being written beside a bundle
     for name in [*mine, *others]:
         (tmp_path / name).parent.mkdir(exist_ok=True)

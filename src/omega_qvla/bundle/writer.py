@@ -27,6 +27,7 @@ from omega_qvla.bundle.sizes import QUANTIZED, narrows, sizes_by_part
 from omega_qvla.bundle.slim import Slim, leave_out, slim
 from omega_qvla.bundle.source import Source, open_source
 from omega_qvla.errors import BundleError, PackError
+from omega_qvla.files import sync, temporary_of
 from omega_qvla.modules.int8 import quantize_rows
 from omega_qvla.pack.apply import check_steps
 from omega_qvla.pack.files import why_not_written, write_tensors
@@ -63,8 +64,8 @@ def write_bundle(
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be loaded.
         PackError: the pack is damaged, or of another checkpoint or number of steps.
-        BundleError: `out` exists, is being written or cannot be, or the options do not fit the
-            pack.
+        BundleError: `out` exists, is being written or cannot be, the options do not fit the
+            pack, or `options.rest` cannot hold a value.
     """
     options = options or BundleOptions()
     read_manifest(pack)  # a missing or foreign one is named before anything is written
@@ -114,28 +115,20 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the body has succeeded."""
     if out.exists():
         raise BundleError(f"{out} exists already; remove it or choose another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(out)
     try:
         with output_lock(out, BundleError):
             try:
                 temporary.mkdir(parents=True)
                 yield temporary
                 for path in (*temporary.rglob("*"), temporary):
-                    _sync(path)
+                    sync(path)
                 os.rename(temporary, out)
-                _sync(out.parent)
-            finally:  # while the lock is held: another thread's folder has the same name
+                sync(out.parent)
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise BundleError(f"{out} cannot be written: {why_not_written(error)}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_source(policy: Bundled, pack: Pack, source: Source) -> None:
@@ -187,9 +180,23 @@ def _rest(
             continue
         if row is not None and embodied(name) and len(tensor) > 1:
             tensor = tensor[row : row + 1]
-        narrow = options.dtype is not None and narrows(name, tensor, slimmed.int8)
-        tensors[name] = tensor.to(options.dtype) if narrow else tensor
+        dtype = options.dtype
+        if dtype is not None and narrows(name, tensor, slimmed.int8):
+            tensor = _narrowed(name, tensor, dtype)
+        tensors[name] = tensor
     return tensors, slimmed
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises BundleError where a finite value becomes infinite."""
+    narrow = tensor.to(dtype)
+    if not torch.equal(torch.isfinite(narrow), torch.isfinite(tensor)):
+        largest = float(tensor[torch.isfinite(tensor)].abs().max())
+        raise BundleError(
+            f"{name} holds a value of {largest:.6g} and {dtype} ends at "
+            f"{torch.finfo(dtype).max:.6g}; narrow to bfloat16, or keep the checkpoint's dtype"
+        )
+    return narrow
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: Tensor) -> None:

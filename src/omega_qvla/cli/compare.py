@@ -243,9 +243,9 @@ def _row(family: str, variant: str, arm: str, values: Mapping[str, Any]) -> tupl
 
 
 def _write_markdown(path: Path, rows: list[tuple[str, ...]]) -> None:
-    from omega_qvla.evaluation.files import replace_file
+    from omega_qvla.files import atomic_file
 
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    with replace_file(path) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(text.encode())

@@ -241,8 +241,8 @@ def _write(
     data: dict[str, Any],
 ) -> None:
     from omega_qvla.cli.comparison.table import table_text
-    from omega_qvla.evaluation.files import replace_file
     from omega_qvla.evaluation.report.layer_page import LayerPage, write_layer_page
+    from omega_qvla.files import atomic_file
 
     notes = [*words, f"{data['observations']} observations: {data['source']}"]
     page = LayerPage(f"Layers of {name}", findings, curve, chosen, notes, (COLUMNS, rows))
@@ -257,5 +257,5 @@ def _write(
         "layers.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
     }
     for file, content in contents.items():
-        with replace_file(folder / file) as stream:
+        with atomic_file(folder / file, parents=True) as stream:
             stream.write(content.encode())

@@ -18,6 +18,7 @@ import numpy as np
 from omega_qvla.envs.libero_protocol import SUITES
 from omega_qvla.envs.rendering import import_mujoco
 from omega_qvla.errors import EnvError
+from omega_qvla.files import atomic_file
 
 #: Written by whoever replaced assets: one path per line, relative to the assets.
 SUBSTITUTES = "substitutes.txt"
@@ -202,8 +203,6 @@ def convert_initial_states(suite: str, folder: str | Path) -> Path:
 
     tensors = {name: initial_states(suite, name) for name in task_names(suite)}
     path = Path(folder) / f"{suite}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(save(tensors))
-    os.replace(stream.name, path)
     return path

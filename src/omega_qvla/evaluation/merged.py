@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import EvaluationError
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import ArmKey, Episode, EpisodeRecord
 from omega_qvla.evaluation.results import (
     check_same,
@@ -18,6 +17,7 @@ from omega_qvla.evaluation.results import (
     write_results,
 )
 from omega_qvla.evaluation.statistics import wilson
+from omega_qvla.files import atomic_file
 
 _FORMAT = 1
 
@@ -70,7 +70,7 @@ def write_summary(out: Path) -> dict[str, Any]:
     """Write `merged_summary` of the results file `out` beside it, and return it."""
     header, records = read_results(out)
     summary = merged_summary(header, records)
-    with replace_file(summary_path(out)) as stream:
+    with atomic_file(summary_path(out), parents=True) as stream:
         stream.write((json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     return summary
 

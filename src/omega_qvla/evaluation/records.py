@@ -177,10 +177,10 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write as a compressed .npz, atomically."""
-        from omega_qvla.evaluation.files import replace_file
+        from omega_qvla.files import atomic_file
 
         arrays: dict[str, Any] = {name: np.asarray(v) for name, v in asdict(self).items()}
-        with replace_file(path) as stream:
+        with atomic_file(path, parents=True) as stream:
             np.savez_compressed(stream, **arrays)
 
     @classmethod

@@ -12,9 +12,9 @@ from typing import IO, Any, Self
 
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.environment import environment
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.plan import Plan
 from omega_qvla.evaluation.records import Arm, EpisodeRecord
+from omega_qvla.files import atomic_file
 from omega_qvla.pack.files import why_not_written
 
 _FORMAT = 1
@@ -136,7 +136,7 @@ class ResultsFile:
 
 def write_results(path: Path, header: Mapping[str, Any], records: Sequence[EpisodeRecord]) -> None:
     """Write a whole results file, atomically."""
-    with replace_file(path) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(_line(header))
         for record in records:
             stream.write(_line(record.to_dict()))

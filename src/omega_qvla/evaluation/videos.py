@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from omega_qvla.errors import EvaluationError
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import Trace
+from omega_qvla.files import atomic_file
 
 #: Frames per second; at two control steps a frame, LIBERO's 20 Hz run in real time.
 FPS = 10
@@ -33,7 +33,7 @@ def write_side_by_side(path: Path, title: str, traces: Mapping[str, Trace]) -> N
     av = _import("av")
     frames = list(side_by_side(title, traces))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as stream, av.open(stream, "w", format="mp4") as container:
+    with atomic_file(path, parents=True) as stream, av.open(stream, "w", format="mp4") as container:
         track = container.add_stream("libx264", rate=FPS, options={"crf": "20"})
         track.height, track.width = frames[0].shape[:2]
         track.pix_fmt, track.time_base = "yuv420p", Fraction(1, FPS)

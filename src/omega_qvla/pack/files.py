@@ -12,17 +12,18 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omega_qvla.errors import OmegaError, PackError
+from omega_qvla.files import atomic_file
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
@@ -61,39 +62,12 @@ class Header:
     data_start: int
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file next to `path`; it takes that name only if the body succeeds.
-
-    The bytes are on the disk (fsync of file and directory) before the name changes; after a
-    failure nothing is left behind and an older file of that name is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
 def why_not_written(error: OSError) -> str:
     """The reason in words; of a full disk also what to do about it."""
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return f"{reason}; make room there and call again, what is finished is kept"
     return reason
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

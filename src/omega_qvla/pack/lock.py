@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omega_qvla.errors import OmegaError, PackError
+from omega_qvla.files import leftovers
 
 
 @contextmanager
@@ -86,11 +86,7 @@ def _owner(file: Path) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Of `path` alone: what is being written of a neighbour `<name>.<more>` is not ours."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        writer = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if not writer.isdecimal():
-            continue
+    for leftover in leftovers(path):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

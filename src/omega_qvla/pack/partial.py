@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import PackError
+from omega_qvla.files import atomic_file
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack.files import atomic_file, why_not_written
+from omega_qvla.pack.files import why_not_written
 from omega_qvla.pack.manifest import Manifest
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.pack.writer import write_pack

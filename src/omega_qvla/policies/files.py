@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omega_qvla.errors import CheckpointError
+from omega_qvla.files import atomic_file, replacing
 
 T = TypeVar("T")
 
@@ -28,20 +28,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary file beside `path`, then put it in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Call `write` on a temporary file beside `path`, then put it in place: for libraries that
+    take a name. The folder is made."""
+    with replacing(path, parents=True) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with atomic_file(path, parents=True) as file:
+        file.write(text.encode("utf-8"))
 
 
 def options(cls: type[T], data: Mapping[str, Any], where: str) -> T:

@@ -16,9 +16,9 @@ import numpy as np
 from omega_qvla.cli.comparison.observations import load_observations
 from omega_qvla.cli.measure import drift_seeds
 from omega_qvla.errors import EvaluationError
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.open_loop import Drift, chunk_cosines, chunk_drift, predict_chunks
 from omega_qvla.evaluation.records import ArmKey
+from omega_qvla.files import atomic_file
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.registry import load_policy
@@ -111,7 +111,7 @@ def mend_drift_file(path: Path, without: Iterable[str] = ()) -> None:
     kept = [record for record in read_drift(path).values() if record.arm not in dropped]
     text = "".join(f"{record.to_json()}\n" for record in kept).encode()
     if text != path.read_bytes():
-        with replace_file(path) as stream:
+        with atomic_file(path, parents=True) as stream:
             stream.write(text)
 
 

@@ -18,8 +18,8 @@ from omega_qvla.evaluation.diagnostics import (
     diagnose_layers,
     worst_layers,
 )
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.layer_drift import LayerDrift, layer_drift
+from omega_qvla.files import atomic_file
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.registry import load_policy
@@ -72,7 +72,7 @@ def _write(path: Path, measured: CellLayers) -> None:
     for layer in plain["diagnostics"]:
         for key in ("channels_before", "channels_after"):
             layer[key] = layer[key].tolist()
-    with replace_file(path) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(json.dumps(plain).encode())
 
 

@@ -13,8 +13,8 @@ from omega_qvla.cli.comparison.arms import ArmSpec
 from omega_qvla.cli.sources import EXPERT
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import Protocol
+from omega_qvla.files import atomic_file
 from omega_qvla.quantize import software
 
 PLAIN, OUTLIERS = "plain", "outliers"
@@ -128,7 +128,7 @@ class Comparison:
         file, mine = self.out / "settings.json", self.settings()
         if file.exists():
             mine = _joined(self.out, json.loads(file.read_text(encoding="utf-8")), mine)
-        with replace_file(file) as stream:
+        with atomic_file(file, parents=True) as stream:
             stream.write((json.dumps(mine, indent=1) + "\n").encode())
 
 

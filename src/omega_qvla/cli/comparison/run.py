@@ -28,9 +28,9 @@ from omega_qvla.cli.comparison.observations import collect_observations
 from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.processes import CONTEXT, process_pool
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
 from omega_qvla.evaluation.summary import Summary, add_drift, summarise
+from omega_qvla.files import atomic_file
 
 
 @dataclass
@@ -109,7 +109,7 @@ def redo(plan: Comparison, names: Iterable[str]) -> None:
     if settings.exists():
         known = json.loads(settings.read_text(encoding="utf-8"))
         known["arms"] = {n: v for n, v in known.get("arms", {}).items() if n not in dropped}
-        with replace_file(settings) as stream:
+        with atomic_file(settings, parents=True) as stream:
             stream.write((json.dumps(known, indent=1) + "\n").encode())
     for cell in plan.cells:
         for name in dropped:

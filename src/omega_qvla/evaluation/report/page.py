@@ -8,17 +8,17 @@ from pathlib import Path
 from string import Template
 
 from omega_qvla.evaluation.diagnostics import ONCE
-from omega_qvla.evaluation.files import replace_file
 from omega_qvla.evaluation.report import plots, tables, traces
 from omega_qvla.evaluation.report.data import DriftView, LayerView, PairedEpisode, ReportData
 from omega_qvla.evaluation.report.heatmap import Panel, heatmap, legend
 from omega_qvla.evaluation.report.names import LayerName, short_name, split_name
 from omega_qvla.evaluation.report.theme import arm_colours
+from omega_qvla.files import atomic_file
 
 
 def write_report(data: ReportData, path: Path) -> Path:
     """Write the page, atomically. Returns `path`."""
-    with replace_file(path) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(render_report(data).encode())
     return path
 

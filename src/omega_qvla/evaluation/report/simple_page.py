@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from omega_qvla.evaluation.files import replace_file
+from omega_qvla.files import atomic_file
 
 
 def write_simple_page(
@@ -29,7 +29,7 @@ def write_simple_page(
         f'<p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1></header>'
         f"{body}</main></body></html>\n"
     )
-    with replace_file(path) as stream:
+    with atomic_file(path, parents=True) as stream:
         stream.write(text.encode())
     return path
 
