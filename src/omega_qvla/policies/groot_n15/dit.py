@@ -18,8 +18,8 @@ from omega_qvla.modules.shared import project
 from omega_qvla.policies.groot_n15.blocks import (
     Attention,
     FeedForward,
-    GeluProjection,
     KeyValue,
+    layer_groups,
 )
 from omega_qvla.policies.groot_n15.config import TransformerConfig
 from omega_qvla.policies.groot_n15.embodiment import action_time_code
@@ -142,26 +142,9 @@ class DiTBlock(nn.Module):
 
     def fuse(self) -> None:
         """Run as one native call from now on, where the layers that it has now allow it."""
-        attention, inner, outer = self.attn1, self.ff.net[0], self.ff.net[2]
-        assert isinstance(inner, GeluProjection)
-        readers = (attention.to_q, attention.to_k, attention.to_v)
-        groups: list[tuple[nn.Module, ...]] = [
-            readers[:1] if self.cross else readers,
-            (attention.to_out[0],),
-            (inner.proj,),
-            (outer,),
-        ]
-        shape = BlockShape(
-            attention.heads,
-            attention.heads,
-            attention.head_dim,
-            1e-5,
-            "layer",
-            "gelu",
-            False,
-            self.cross,
-        )
-        self.whole = WholeBlock.of(groups, shape)
+        heads, dim = self.attn1.heads, self.attn1.head_dim
+        shape = BlockShape(heads, heads, dim, 1e-5, "layer", "gelu", cross=self.cross)
+        self.whole = WholeBlock.of(layer_groups(self.attn1, self.ff, self.cross), shape)
 
     def forward(
         self,
@@ -180,10 +163,10 @@ class DiTBlock(nn.Module):
             keep: compute only the last `keep` tokens' outputs: [N, keep, D].
         """
         if keep is not None and self.cross:
-            x = x[:, -keep:].contiguous()
-        if self.whole is not None and mask is None and (keep is None or self.cross):
+            x, keep = x[:, -keep:].contiguous(), None
+        if self.whole is not None and mask is None:
             modulation = (scale, shift, None)
-            done = self.whole(x, modulation, (None, None, None), key_value)
+            done = self.whole(x, modulation, (None, None, None), key_value, keep=keep)
             if done is not None:
                 return done
         normed = self.norm1(x, scale, shift)
