@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,44 @@ def test_another_device_is_left_alone(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(policy), "device", torch.device("cuda"), raising=False)
     hasten(policy)
     assert not touched
+
+
+def test_kept_time_serves_every_embodiment() -> None:
+    """The action encoder's share of the time is kept per embodiment, also for mixed batches."""
+    policy, plain = TINY["groot_n15"](), TINY["groot_n15"]()
+    policy.keep_conditioning()
+    head = policy.module.action_head
+    kinds = head.config.max_num_embodiments
+    assert kinds > 1 and head.kept[0].time.shape[:2] == (kinds, 1)
+    inputs = policy.prepare([tiny_observation(i) for i in range(kinds)])
+    for ids in (torch.tensor([kinds - 1]), torch.arange(kinds)):
+        made = []
+        for which in (policy, plain):
+            with torch.inference_mode():
+                prefix = which.encode(replace(inputs, embodiment_id=ids)).repeat(2)
+                made.append(which.sample(prefix, which.draw_noise(2 * kinds, 0)))
+        torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-6)
+
+
+def test_the_tokens_of_an_instruction_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = TINY["groot_n15"]().processor
+    first, _ = processor.tokenize(PROMPTS)
+    asked: list[str] = []
+    processor.tokenizer = _Recording(processor.tokenizer, asked)
+    again, _ = processor.tokenize(PROMPTS)
+    assert torch.equal(first, again) and not asked
+    monkeypatch.setattr("omega_qvla.policies.groot_n15.processor.KEPT_PROMPTS", 1)
+    processor.tokenize(["another one"])
+    assert len(asked) == 1 and torch.equal(processor.tokenize(PROMPTS)[0], first)
+    assert len(asked) == 3 and len(processor._ids) == 1
+
+
+class _Recording:
+    """A tokenizer that writes down what it is asked."""
+
+    def __init__(self, inner: Any, asked: list[str]) -> None:
+        self._inner, self._asked = inner, asked
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        self._asked.append(text)
+        return self._inner.encode(text, add_special_tokens=add_special_tokens)

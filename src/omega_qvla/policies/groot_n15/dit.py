@@ -103,6 +103,8 @@ class StepConditioning:
         tau: [N, width], the action encoder's time code.
         scales, shifts: [blocks, N, width], of each block's norm1.
         out_shift, out_scale: [N, width], of proj_out_1.
+        time: [embodiments, 1, width], the action encoder's share of tau (N = 1), or None: it is
+            computed as it is needed.
     """
 
     buckets: Tensor
@@ -111,6 +113,7 @@ class StepConditioning:
     shifts: Tensor
     out_shift: Tensor
     out_scale: Tensor
+    time: Tensor | None = None
 
     def at(self, step: int) -> StepConditioning:
         """The conditioning of one step (N = 1), which applies to the whole batch."""
@@ -185,6 +188,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """The whole transformer; even blocks cross-attend, odd ones self-attend."""
 
+    fast = False
+
     def __init__(self, config: TransformerConfig, output_dim: int) -> None:
         super().__init__()
         width = config.inner_dim
@@ -255,6 +260,8 @@ class DiT(nn.Module):
             scale, shift = conditioning.scales[i], conditioning.shifts[i]
             kept = keep if i == last else None
             x = block(x, scale, shift, key_values[i], mask, kept)
-        x = modulated_norm(x, conditioning.out_scale, conditioning.out_shift, 1e-6)
+        scale, shift = conditioning.out_scale, conditioning.out_shift
+        normed = rows.layer_norm(x, 1e-6, scale, shift) if self.fast else None
+        x = modulated_norm(x, scale, shift, 1e-6) if normed is None else normed
         out: Tensor = self.proj_out_2(x)
         return out
