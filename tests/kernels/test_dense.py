@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
 from numerics.problems import random
+from omega_qvla.errors import NumericsError
 from omega_qvla.kernels import rows
 from omega_qvla.kernels.block import BlockLayers, BlockShape, NativeBlock
 from omega_qvla.kernels.dense import SMALL, PackedDense
@@ -71,6 +72,8 @@ def test_what_is_not_taken() -> None:
     assert made is not None and made(random(2, 8).bfloat16()) is None
     with torch.inference_mode(False), torch.enable_grad():
         assert made(torch.ones(2, 8)) is None
+    with pytest.raises(NumericsError, match=r"8 inputs was given \[2, 7\]; pass \[\.\.\., 8\]"):
+        made(random(2, 7))
 
 
 HEADS, KV_HEADS, DIM, WIDTH, INNER = 4, 2, 24, 40, 56
@@ -155,3 +158,36 @@ def test_a_block_that_computes_the_last_tokens(apart: bool, keep: int | None) ->
     inner = gelu(c(layer_norm(middle, (WIDTH,), eps=EPS)), approximate="tanh")
     expected = middle + d(inner)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_does_not_fit_a_block_is_refused_by_name() -> None:
+    """It reads by address: a row too short would be read beyond its end."""
+
+    def block(cross: bool) -> NativeBlock:
+        into = packed((1 if cross else 3) * HEADS * DIM, WIDTH, False)[0]
+        out, up = packed(WIDTH, HEADS * DIM, False)[0], packed(INNER, WIDTH, False)[0]
+        layers = BlockLayers(into, out, up, packed(WIDTH, INNER, False)[0])
+        return NativeBlock(layers, BlockShape(HEADS, HEADS, DIM, EPS, "rms", "gelu", cross=cross))
+
+    none = (None, None, None)
+    x, made, crossing = random(2, 5, WIDTH), block(False), block(True)
+    keys = random(2, HEADS, 3, DIM)
+    assert made(x, none, none) is not None and crossing(x, none, none, (keys, keys)) is not None
+    assert crossing(x, none, none) is None  # there is nothing to attend to
+    assert made(x[:0], none, none) is None and made(x[..., 1:].contiguous(), none, none) is None
+    assert made(x, (torch.ones(3, 1, WIDTH), None, None), none) is None
+    assert made(x, (torch.ones(1, WIDTH), None, None), (torch.ones(2, WIDTH), None, None)) is None
+    for bad in (torch.ones(1, WIDTH - 1), torch.empty(0, WIDTH), torch.ones(WIDTH, 1)):
+        for place in range(3):
+            row = (*none[:place], bad, *none[place + 1 :])
+            for pair in ((row, none), (none, row)):
+                with pytest.raises(NumericsError, match=f"does not fit rows of {WIDTH} values"):
+                    made(x, *pair)
+    for wrong in (keys[:, :-1], keys[..., :-1], keys[0]):
+        with pytest.raises(NumericsError, match=r"pass \[B, 4, L, 24\]"):
+            crossing(x, none, none, (wrong, wrong))
+    table = random(5, DIM // 2)
+    assert made(x, none, none, rope=(table, table)) is not None
+    for rope in ((table[:, :-1], table[:, :-1]), (table, table[:3]), (table[:0], table[:0])):
+        with pytest.raises(NumericsError, match="pass rows of 12"):
+            made(x, none, none, rope=rope)

@@ -7,17 +7,17 @@ precision its products are those of `kernels.dense`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from omega_qvla.errors import NumericsError
 from omega_qvla.kernels.cpu import NativeLayer
 from omega_qvla.kernels.dense import PackedDense
 from omega_qvla.kernels.registry import StepLike
-from omega_qvla.kernels.rows import KINDS, compiled, fits
+from omega_qvla.kernels.rows import KINDS, compiled, fits, modulation_rows
 
 # (gain, shift, gate), each [T, 1, width] or [T, width], or None.
 Modulations = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -73,9 +73,10 @@ class NativeBlock:
         assert module is not None  # its layers exist
         self._native = [layer for layer in layers if isinstance(layer, NativeLayer)]
         self._dense = any(isinstance(layer, PackedDense) for layer in layers)
+        self._heads = (shape.kv_heads, shape.head_dim)
         self._width, self._alone = layers.into.in_features, shape.cross or shape.causal
         self._normed_heads, self._own_query = head_gains is not None, layers.query is not None
-        self._causal = shape.causal
+        self._causal, self._cross = shape.causal, shape.cross
         gains = [t.detach().float().contiguous() for t in head_gains or ()]
         linears = [None if layer is None else layer.linear for layer in layers]
         self._block = module.Block(
@@ -108,18 +109,19 @@ class NativeBlock:
 
         Raises:
             StepError: outside the steps of a static table.
+            NumericsError: modulations, cache or rope of another width than the block's.
         """
         modulations = (*before, *after)
         if not fits(x, *modulations, *(cache or ()), *(rope or ())) or not x.is_contiguous():
             return None
         batch, rows, width = x.shape
-        kept, count = rows if keep is None else keep, _rows_of(modulations)
-        if width != self._width or count is None or batch % count:
+        kept, count = rows if keep is None else keep, modulation_rows(self._width, *modulations)
+        if width != self._width or x.numel() == 0 or count is None or batch % count:
             return None
-        keys = _keys(cache, batch)
+        keys = self._keys(cache, batch)
         if (cache is not None and keys is None) or not self._runs(cache, rope, kept, rows):
             return None
-        cos, sin, table = _table(rope)
+        cos, sin, table = self._table(rope)
         if table not in (0, rows, batch * rows):
             return None
         row = max((layer.row(step) for layer in self._native), default=0)
@@ -145,36 +147,34 @@ class NativeBlock:
             return False
         if kept != rows and (self._alone or not 0 < kept < rows):
             return False
-        return not (self._causal and cache is not None)
+        return not (self._causal and cache is not None) and not (self._cross and cache is None)
 
-
-def _rows_of(modulations: Sequence[Tensor | None]) -> int | None:
-    """How many rows they all have; None where they differ or are no plain rows."""
-    count = 0
-    for t in modulations:
-        if t is None:
-            continue
-        if not t.is_contiguous() or count not in (0, t.shape[0]) or t.numel() % t.shape[0]:
+    def _keys(self, cache: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int, ...] | None:
+        """The cache by address and strides; None where there is none, or none that fits."""
+        if cache is None:
             return None
-        count = t.shape[0]
-    return count or 1
+        k, v = cache
+        if k.dim() != 4 or (k.shape[1], k.shape[3]) != self._heads:
+            kv_heads, dim = self._heads
+            raise NumericsError(
+                f"a cache {list(k.shape)} does not fit this block; pass [B, {kv_heads}, L, {dim}]"
+            )
+        if k.shape != v.shape or 0 in k.shape or batch % k.shape[0]:
+            return None
+        strides = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
+        return (*strides, k.shape[2], batch // k.shape[0])
 
-
-def _keys(cache: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int, ...] | None:
-    if cache is None:
-        return None
-    k, v = cache
-    if k.shape != v.shape or batch % k.shape[0] or k.shape[2] == 0:
-        return None
-    strides = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
-    return (*strides, k.shape[2], batch // k.shape[0])
-
-
-def _table(rope: tuple[Tensor, Tensor] | None) -> tuple[int, int, int]:
-    """Addresses of cos and sin, and rows; -1 rows where they do not lie row by row."""
-    if rope is None:
-        return 0, 0, 0
-    cos, sin = rope
-    if not (cos.is_contiguous() and sin.is_contiguous()):
-        return 0, 0, -1
-    return cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.shape[-1]
+    def _table(self, rope: tuple[Tensor, Tensor] | None) -> tuple[int, int, int]:
+        """Addresses of cos and sin, and rows; -1 rows where they do not lie row by row."""
+        if rope is None:
+            return 0, 0, 0
+        cos, sin = rope
+        half = self._heads[1] // 2
+        if cos.shape != sin.shape or cos.numel() == 0 or cos.shape[-1] != half:
+            raise NumericsError(
+                f"cos and sin {list(cos.shape)} and {list(sin.shape)} do not fit heads of "
+                f"{2 * half}; pass rows of {half}"
+            )
+        if not (cos.is_contiguous() and sin.is_contiguous()):
+            return 0, 0, -1
+        return cos.data_ptr(), sin.data_ptr(), cos.numel() // half

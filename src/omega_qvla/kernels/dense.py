@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omega_qvla.errors import NumericsError
 from omega_qvla.kernels import rows
 
 #: Elements of a weight up to which a layer is copied for these kernels (2 MiB). Larger ones gain
@@ -34,9 +35,18 @@ class PackedDense:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """x [..., in] -> [..., out]; None where a gradient may be asked for, and for tensors
-        that are not float32 on the CPU."""
+        that are not float32 on the CPU.
+
+        Raises:
+            NumericsError: x has another width.
+        """
         if torch.is_grad_enabled() or not rows.fits(x):
             return None
+        if x.shape[-1] != self.in_features:
+            raise NumericsError(
+                f"a layer of {self.in_features} inputs was given {list(x.shape)}; pass "
+                f"[..., {self.in_features}]"
+            )
         source = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         count = y.numel() // self.out_features
