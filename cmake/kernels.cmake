@@ -26,7 +26,7 @@ find_package(Threads REQUIRED)
 set(kernels ${CMAKE_CURRENT_LIST_DIR}/../csrc)
 add_library(omega_kernels STATIC
   ${kernels}/cpu.cpp ${kernels}/pool.cpp ${kernels}/linear.cpp ${kernels}/product.cpp
-  ${kernels}/rows.cpp ${kernels}/block.cpp
+  ${kernels}/rows.cpp ${kernels}/dense.cpp ${kernels}/block.cpp
   ${kernels}/isa_portable.cpp ${kernels}/isa_avx2.cpp ${kernels}/isa_avxvnni.cpp
   ${kernels}/isa_avx512.cpp ${kernels}/isa_neon.cpp)
 target_include_directories(omega_kernels PUBLIC ${kernels})

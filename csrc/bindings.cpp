@@ -7,6 +7,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -14,9 +15,11 @@
 #include <chrono>
 #include <optional>
 #include <stdexcept>
+#include <variant>
 
 #include "block.hpp"
 #include "cpu.hpp"
+#include "dense.hpp"
 #include "linear.hpp"
 #include "rows.hpp"
 
@@ -207,11 +210,42 @@ void attend(const std::array<uintptr_t, 4>& q, int batch, int heads, int kv_head
     omega::run_attend(args, fastest(), pool(), threads);
 }
 
-void make_block(omega::Block* self, const omega::Linear& in, const omega::Linear& out,
-                const omega::Linear& up, const omega::Linear& down, int heads, int kv_heads,
-                int dim, bool cross, bool center, bool gated, int kind, float eps, float scale) {
-    new (self) omega::Block({&in, &out, &up, &down, heads, kv_heads, dim, cross, center, gated,
-                             kind, eps, scale});
+void make_dense(omega::Dense* self, const Array<float>& weight, const Maybe<float>& bias) {
+    if (weight.ndim() != 2) throw std::invalid_argument("weight must be [outputs, inputs]");
+    const int outputs = int(weight.shape(0)), inputs = int(weight.shape(1));
+    new (self) omega::Dense(weight.data(), pointer(bias, weight.shape(0), "bias"), inputs, outputs,
+                            fastest());
+}
+
+void run_dense(const omega::Dense& layer, uintptr_t x, int rows, uintptr_t y, int threads) {
+    nb::gil_scoped_release release;
+    layer.run(floats(x), rows, reinterpret_cast<float*>(y), pool(), threads);
+}
+
+using AnyLayer = std::variant<const omega::Linear*, const omega::Dense*>;
+
+omega::Layer layer_of(const AnyLayer& any) {
+    omega::Layer layer;
+    if (any.index() == 0) layer.quantized = std::get<0>(any);
+    if (any.index() == 1) layer.dense = std::get<1>(any);
+    return layer;
+}
+
+void make_block(omega::Block* self, const AnyLayer& in, const AnyLayer& out, const AnyLayer& up,
+                const AnyLayer& down, const std::optional<AnyLayer>& query, int heads,
+                int kv_heads, int dim, bool cross, bool causal, bool center, float plus,
+                bool gated, int kind, float eps, float scale, const Maybe<float>& q_gain,
+                const Maybe<float>& k_gain) {
+    omega::BlockSpec spec;
+    spec.in = layer_of(in), spec.out = layer_of(out);
+    spec.up = layer_of(up), spec.down = layer_of(down);
+    if (query) spec.query = layer_of(*query);
+    spec.heads = heads, spec.kv_heads = kv_heads, spec.dim = dim;
+    spec.cross = cross, spec.causal = causal, spec.center = center, spec.plus = plus;
+    spec.gated = gated, spec.kind = kind, spec.eps = eps, spec.scale = scale;
+    spec.q_gain = pointer(q_gain, size_t(dim), "q_gain");
+    spec.k_gain = pointer(k_gain, size_t(dim), "k_gain");
+    new (self) omega::Block(spec);
 }
 
 using Addresses = std::array<uintptr_t, 3>;
@@ -220,7 +254,7 @@ omega::Modulation modulation_of(const Addresses& t) {
     return {floats(t[0]), floats(t[1]), floats(t[2])};
 }
 
-void run_block(const omega::Block& block, uintptr_t x, uintptr_t y, int batch, int rows,
+void run_block(const omega::Block& block, uintptr_t x, uintptr_t y, int batch, int rows, int keep,
                const Addresses& before, const Addresses& after, int modulations, uintptr_t cos,
                uintptr_t sin, size_t table, const std::optional<KeysTuple>& cache, int step,
                int threads) {
@@ -229,7 +263,7 @@ void run_block(const omega::Block& block, uintptr_t x, uintptr_t y, int batch, i
     }
     omega::BlockArgs args{};
     args.x = floats(x), args.y = reinterpret_cast<float*>(y);
-    args.batch = batch, args.rows = rows;
+    args.batch = batch, args.rows = rows, args.keep = keep;
     args.before = modulation_of(before), args.after = modulation_of(after);
     args.modulations = modulations;
     args.cos = floats(cos), args.sin = floats(sin), args.table = table;
@@ -269,10 +303,16 @@ NB_MODULE(_native, m) {
              "x [rows, inputs] -> y [rows, outputs], both float32, contiguous, by address.")
         .def("quantize", &quantize, "x"_a, "rows"_a, "step"_a, "q"_a, "scale"_a,
              "x [rows, inputs] -> q int8 [rows, inputs], scale [rows, groups], by address.");
-    nb::class_<omega::Block>(m, "Block", "A transformer block of native layers: csrc/block.hpp.")
-        .def("__init__", &make_block, "in_"_a, "out"_a, "up"_a, "down"_a, "heads"_a, "kv_heads"_a,
-             "dim"_a, "cross"_a, "center"_a, "gated"_a, "kind"_a, "eps"_a, "scale"_a,
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
-             nb::keep_alive<1, 5>())
+    nb::class_<omega::Dense>(m, "Dense", "A layer in full precision. See csrc/dense.hpp.")
+        .def("__init__", &make_dense, "weight"_a, "bias"_a.none())
+        .def_prop_ro("nbytes", &omega::Dense::bytes)
+        .def("run", &run_dense, "x"_a, "rows"_a, "y"_a, "threads"_a,
+             "x [rows, inputs] -> y [rows, outputs], both float32, contiguous, by address.");
+    nb::class_<omega::Block>(m, "Block", "A transformer block in one call: csrc/block.hpp.")
+        .def("__init__", &make_block, nb::kw_only(), "in_"_a, "out"_a, "up"_a, "down"_a,
+             "query"_a.none(), "heads"_a, "kv_heads"_a, "dim"_a, "cross"_a, "causal"_a, "center"_a,
+             "plus"_a, "gated"_a, "kind"_a, "eps"_a, "scale"_a, "q_gain"_a.none(),
+             "k_gain"_a.none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
         .def("run", &run_block);
 }

@@ -69,4 +69,9 @@ void run_attend(const AttendArgs& a, const Isa& isa, Pool& pool, int threads) {
     share(isa.rows->attend, a, attend_units(a), work, pool, threads);
 }
 
+void run_dense(const DenseArgs& a, const Isa& isa, Pool& pool, int threads) {
+    const double work = 0.1 * double(a.rows) * a.inputs * a.outputs;
+    share(isa.rows->dense, a, dense_units(a, isa.rows->dense_panel), work, pool, threads);
+}
+
 }  // namespace omega

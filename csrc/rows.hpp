@@ -73,14 +73,35 @@ struct AttendArgs {
     float* out;            // [batch][rows][heads][dim]
 };
 
-// A range of outer rows, rows or tokens; for attention of units (`attend_units`).
+// y = x wᵀ + bias, all of it float32. Weights lie in panels of `dense_panel` outputs (the last
+// one narrower, whole vectors): [inputs][outputs of the panel]; bias is padded likewise.
+struct DenseArgs {
+    const float* x;        // [rows][inputs]
+    size_t rows;
+    int inputs, outputs;
+    const float* weight;
+    const float* bias;
+    float* y;              // [rows][outputs]
+};
+
+// A range of outer rows, rows or tokens; for attention and dense layers of units (`*_units`).
 struct RowFns {
+    int lanes, dense_panel;
     void (*norm)(const NormArgs&, size_t begin, size_t end);
     void (*gate)(const GateArgs&, size_t begin, size_t end);
     void (*rotate)(const RotateArgs&, size_t begin, size_t end);
     void (*residual)(const ResidualArgs&, size_t begin, size_t end);
     void (*attend)(const AttendArgs&, size_t begin, size_t end);
+    void (*dense)(const DenseArgs&, size_t begin, size_t end);
 };
+
+// Rows that one panel of a dense layer meets at a time, while both are in the caches.
+constexpr size_t kDenseRows = 64;
+
+inline size_t dense_units(const DenseArgs& a, int panel) {
+    const size_t panels = size_t((a.outputs + panel - 1) / panel);
+    return (a.rows + kDenseRows - 1) / kDenseRows * panels;
+}
 
 // Queries that are worked on together: their scores stay in the second-level cache.
 inline int attend_block(const AttendArgs& a) {
@@ -104,5 +125,6 @@ void run_gate(const GateArgs& args, const Isa& isa, Pool& pool, int threads);
 void run_rotate(const RotateArgs& args, const Isa& isa, Pool& pool, int threads);
 void run_residual(const ResidualArgs& args, const Isa& isa, Pool& pool, int threads);
 void run_attend(const AttendArgs& args, const Isa& isa, Pool& pool, int threads);
+void run_dense(const DenseArgs& args, const Isa& isa, Pool& pool, int threads);
 
 }  // namespace omega

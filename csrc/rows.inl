@@ -356,4 +356,61 @@ void attend_range(const AttendArgs& a, size_t begin, size_t end) {
     }
 }
 
-const RowFns row_fns = {&norm_rows, &gate_rows, &rotate_rows, &residual_rows, &attend_range};
+// R rows from `row` on times a panel of N vectors, which starts at output `first`.
+template <int R, int N>
+inline __attribute__((always_inline)) void dense_tile(const DenseArgs& a, size_t row, int first,
+                                                      const float* w) {
+    Floats sum[R][N];
+    OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+        const Floats bias = load(a.bias + first + n * LANES);
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) sum[r][n] = bias;
+    }
+    const float* x = a.x + row * a.inputs;
+    for (int k = 0; k < a.inputs; ++k, w += N * LANES) {
+        Floats weight[N];
+        OMEGA_UNROLL for (int n = 0; n < N; ++n) weight[n] = load(w + n * LANES);
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+            const Floats v = splat(x[size_t(r) * a.inputs + k]);
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = fused(v, weight[n], sum[r][n]);
+        }
+    }
+    OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+        const int column = first + n * LANES, left = a.outputs - column;
+        float* y = a.y + row * a.outputs + column;
+        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
+            store_some(y + size_t(r) * a.outputs, sum[r][n], left < LANES ? left : LANES);
+        }
+    }
+}
+
+template <int N>
+void dense_panel(const DenseArgs& a, size_t row, size_t end, int first, const float* w) {
+    for (; row + kTall <= end; row += kTall) dense_tile<kTall, N>(a, row, first, w);
+    if (kTall > 4 && row + 4 <= end) {
+        dense_tile<4, N>(a, row, first, w);
+        row += 4;
+    }
+    for (; row + 2 <= end; row += 2) dense_tile<2, N>(a, row, first, w);
+    if (row < end) dense_tile<1, N>(a, row, first, w);
+}
+
+void dense_range(const DenseArgs& a, size_t begin, size_t end) {
+    constexpr int kColumns = kWide * LANES;
+    const size_t panels = size_t((a.outputs + kColumns - 1) / kColumns);
+    for (size_t unit = begin; unit < end; ++unit) {
+        const size_t row = unit / panels * kDenseRows;
+        const size_t last = row + kDenseRows < a.rows ? row + kDenseRows : a.rows;
+        const int first = int(unit % panels) * kColumns, left = a.outputs - first;
+        const float* w = a.weight + size_t(first) * a.inputs;
+        if (left > (kWide - 1) * LANES) {
+            dense_panel<kWide>(a, row, last, first, w);
+        } else if (left > LANES) {
+            dense_panel<2>(a, row, last, first, w);
+        } else {
+            dense_panel<1>(a, row, last, first, w);
+        }
+    }
+}
+
+const RowFns row_fns = {LANES,          kWide * LANES, &norm_rows,    &gate_rows,
+                        &rotate_rows,   &residual_rows, &attend_range, &dense_range};

@@ -19,6 +19,7 @@ from omega_qvla.kernels import cpu, reference
 from omega_qvla.kernels.cpu import NativeBackend, NativeLayer, isa_names
 from omega_qvla.kernels.emulated import EmulatedBackend
 from omega_qvla.kernels.registry import get_backend, resolve_backend
+from omega_qvla.kernels.rows import compiled
 from omega_qvla.modules.step_context import Step
 from omega_qvla.numerics.layer import QuantizedLayer
 from omega_qvla.numerics.packing import pack_int4
@@ -207,7 +208,7 @@ def test_joined_layers_have_the_bits_of_the_separate_ones(isa: str) -> None:
 
 def test_the_control_counts_products(isa: str) -> None:
     """A few billion a second at least, and no more than eight 64-byte products a nanosecond."""
-    module = cpu._module()
+    module = compiled()
     assert module is not None
     assert 1.0 < module.peak_rate(isa) < 8192.0
 
@@ -404,7 +405,7 @@ def test_an_instruction_set_can_be_forced() -> None:
 
 
 def test_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_module", lambda: None)
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
     layer = integers("per_token", 64, 24)
     available, why = NativeBackend().available()
     assert not available and "apt-get install g++ python3-dev" in why

@@ -9,6 +9,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from torch.nn.functional import layer_norm as torch_layer_norm
 
 from numerics.problems import random
+from omega_qvla.errors import NumericsError
 from omega_qvla.kernels import rows
 
 pytestmark = [
@@ -164,3 +165,38 @@ def test_what_they_do_not_take_they_leave_to_torch() -> None:
     with torch.inference_mode(False), torch.enable_grad():
         asks = torch.randn(2, 3, 8, requires_grad=True)
         assert rows.rms_norm(asks, 1e-6, gain.clone()) is None
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.ones(7), torch.ones(1), torch.ones(2, 1, 9), torch.ones(8, 4)]
+)
+def test_gains_of_another_width_are_refused(bad: Tensor) -> None:
+    """The kernels would read behind them."""
+    x = random(2, 3, 8)
+    calls = (
+        lambda: rows.rms_norm(x, 1e-6, bad), lambda: rows.layer_norm(x, 1e-6, bad),
+        lambda: rows.rms_norm(x, 1e-6, torch.ones(8), bad), lambda: rows.residual(x, x, bad),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(NumericsError, match=r"does not fit rows of 8 values; pass \[8\]"):
+            call()
+
+
+@pytest.mark.parametrize("empty", [torch.empty(0), torch.empty(0, 8), torch.empty(2, 0)])
+def test_empty_gains_are_refused(empty: Tensor) -> None:
+    x = random(2, 3, 8)
+    for call in (lambda: rows.rms_norm(x, 1e-6, empty), lambda: rows.residual(x, x, empty)):
+        with pytest.raises(NumericsError, match="does not fit rows of 8 values"):
+            call()
+
+
+def test_rows_that_the_batch_cannot_share_are_left_to_torch() -> None:
+    x = random(6, 3, 8)
+    assert rows.modulation_rows(8) == 1 == rows.modulation_rows(8, None, torch.ones(8))
+    assert rows.modulation_rows(8, torch.ones(2, 8), None, torch.ones(2, 1, 8)) == 2
+    assert rows.rms_norm(x, 1e-6, torch.ones(4, 1, 8)) is None
+    assert rows.residual(x, x, torch.ones(4, 1, 8)) is None
+    assert rows.rms_norm(x, 1e-6, torch.ones(2, 3, 8)) is None  # a gain per token
+    assert rows.rms_norm(x, 1e-6, torch.ones(2, 8), torch.ones(3, 8)) is None
+    assert rows.rms_norm(x, 1e-6, torch.ones(8, 2).T) is None
+    assert rows.rms_norm(x[:0], 1e-6, torch.ones(8)) is None

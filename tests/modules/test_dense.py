@@ -7,14 +7,19 @@ import torch
 from torch import nn
 
 from numerics.problems import random
+from omega_qvla.kernels.rows import compiled
 from omega_qvla.modules.dense import WORTH_IT, DenseLinear, onednn_available, use_dense
 
-pytestmark = pytest.mark.skipif(not onednn_available(), reason="needs x86 and oneDNN")
+pytestmark = pytest.mark.skipif(
+    not onednn_available() or compiled() is None, reason="needs x86, oneDNN and the kernels"
+)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(64, 256), (2, 40, 256), (1, 256)])
-def test_the_values_are_those_of_torch(bias: bool, shape: tuple[int, ...]) -> None:
+def test_the_values_are_those_of_torch(
+    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = nn.Linear(256, 192, bias=bias)
     dense = DenseLinear.of(plain)
     assert dense.weight is plain.weight and dense.bias is plain.bias
@@ -22,6 +27,11 @@ def test_the_values_are_those_of_torch(bias: bool, shape: tuple[int, ...]) -> No
     x = random(*shape)
     with torch.inference_mode():
         torch.testing.assert_close(dense(x), plain(x), rtol=0, atol=3e-6)
+        assert dense.packed is not None
+        dense.packed, small = None, dense._small
+        monkeypatch.setattr("omega_qvla.modules.dense.SMALL", 0)  # as larger layers run
+        torch.testing.assert_close(dense(x), plain(x), rtol=0, atol=3e-6)
+        assert dense.packed is None and small(x) is not None
         assert dense._takes(x) == (x.numel() * 192 >= WORTH_IT)
         strided = torch.cat([x, x], -1)[..., 256:]
         torch.testing.assert_close(dense(strided), plain(x), rtol=0, atol=3e-6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,12 @@ from omega_qvla.pack import apply_pack
 from omega_qvla.policies import hasten as hastening
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.groot_n15.dit import DiTBlock
+from omega_qvla.policies.groot_n15.qwen3 import Qwen3Layer
+from omega_qvla.policies.groot_n15.vl_self_attention import SelfAttentionBlock
 from omega_qvla.policies.hasten import hasten
 from omega_qvla.policies.pi05.gemma import ExpertLayer
 from omega_qvla.policies.registry import load_policy, save_policy
+from omega_qvla.policies.siglip import SiglipLayer
 from omega_qvla.quantize import quantize_policy
 from policies.tiny import PROMPTS, TINY, tiny_observation
 
@@ -75,24 +80,48 @@ def test_kept_conditioning_is_the_computed_one_and_serves_its_steps_only(family:
         assert torch.equal(policy.sample(prefix, noise, steps), plain.sample(prefix, noise, steps))
 
 
-def blocks(policy: Policy) -> list[ExpertLayer | DiTBlock]:
-    return [m for m in policy.module.modules() if isinstance(m, ExpertLayer | DiTBlock)]
+Whole = ExpertLayer | DiTBlock | Qwen3Layer | SiglipLayer | SelfAttentionBlock
+# Bits of a block in full precision are its own: it multiplies with kernels of its own.
+QUANTIZED = ExpertLayer | DiTBlock | Qwen3Layer
+
+
+def blocks(policy: Policy, kinds: Any = Whole) -> list[Any]:
+    return [m for m in policy.module.modules() if isinstance(m, kinds)]
+
+
+def counted(found: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whole calls of each block that went through, from now on."""
+    calls = [0] * len(found)
+
+    def counting(i: int, whole: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            done = whole(*args, **options)
+            calls[i] += done is not None
+            return done
+
+        return call
+
+    for i, block in enumerate(found):
+        monkeypatch.setattr(block, "whole", counting(i, block.whole))
+    return calls
 
 
 @native
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_whole_blocks_have_the_bits_of_their_parts(
-    built: dict[str, Path], family: str, repeats: int
+    built: dict[str, Path], family: str, repeats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Among them the DiT's last block, which asks for fewer queries. Its to_q was calibrated on
+    other tokens than to_k, so that their inputs do not agree: it is a product of its own."""
     policy = load_policy(built[family] / "checkpoint")
     apply_pack(policy, built[family] / "pack", "native")
     hasten(policy)
-    # The last block of the DiT asks for fewer queries: its to_q was calibrated on other tokens
-    # than to_k, so their inputs do not agree.
-    split = [i for i, block in enumerate(blocks(policy)) if block.whole is None]
-    assert split == ([3] if family == "groot_n15" else [])
+    assert all(block.whole is not None for block in blocks(policy))
+    calls = counted(blocks(policy, QUANTIZED), monkeypatch)
     whole = velocities(policy, repeats, PROMPTS[:1])
-    for block in blocks(policy):
+    assert calls == [policy.num_steps if isinstance(b, ExpertLayer | DiTBlock) else 1
+                     for b in blocks(policy, QUANTIZED)]  # fmt: skip
+    for block in blocks(policy, QUANTIZED):
         block.whole = None
     assert torch.equal(velocities(policy, repeats, PROMPTS[:1]), whole)
 
@@ -114,7 +143,7 @@ def test_a_watched_layer_inside_a_whole_block_is_seen(built: dict[str, Path], fa
     apply_pack(policy, built[family] / "pack", "native")
     hasten(policy)
     expected = velocities(policy)
-    block = blocks(policy)[0]
+    block = blocks(policy, ExpertLayer | DiTBlock)[0]
     layer = block.mlp.up_proj if isinstance(block, ExpertLayer) else block.ff.net[0].proj
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda m, args, out: seen.append(out))
@@ -124,10 +153,31 @@ def test_a_watched_layer_inside_a_whole_block_is_seen(built: dict[str, Path], fa
     assert torch.equal(velocities(policy), expected) and len(seen) == policy.num_steps
 
 
-def test_blocks_in_full_precision_are_not_whole(family: str) -> None:
+@native
+def test_blocks_in_full_precision_are_whole_where_they_are_small(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, larger = TINY[family](), TINY[family]()
+    hasten(policy)
+    assert all(block.whole is not None for block in blocks(policy))
+    monkeypatch.setattr("omega_qvla.modules.block.SMALL", 1000)
+    monkeypatch.setattr("omega_qvla.kernels.dense.SMALL", 1000)
+    hasten(larger)
+    assert all(block.whole is None for block in blocks(larger))
+
+
+@native
+def test_a_block_in_full_precision_leaves_gradients_to_torch(family: str) -> None:
     policy = TINY[family]()
     hasten(policy)
-    assert all(block.whole is None for block in blocks(policy))
+    block = blocks(policy, SiglipLayer)[0]
+    block.requires_grad_(True)
+    x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    y = block(x)
+    y.sum().backward()
+    assert block.mlp.fc1.weight.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), y.detach(), rtol=0, atol=1e-5)
 
 
 def test_an_unbuilt_machine_is_as_slow_as_before(
@@ -148,3 +198,44 @@ def test_another_device_is_left_alone(family: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(policy), "device", torch.device("cuda"), raising=False)
     hasten(policy)
     assert not touched
+
+
+def test_kept_time_serves_every_embodiment() -> None:
+    """The action encoder's share of the time is kept per embodiment, also for mixed batches."""
+    policy, plain = TINY["groot_n15"](), TINY["groot_n15"]()
+    policy.keep_conditioning()
+    head = policy.module.action_head
+    kinds = head.config.max_num_embodiments
+    assert kinds > 1 and head.kept[0].time.shape[:2] == (kinds, 1)
+    inputs = policy.prepare([tiny_observation(i) for i in range(kinds)])
+    for ids in (torch.tensor([kinds - 1]), torch.arange(kinds)):
+        made = []
+        for which in (policy, plain):
+            with torch.inference_mode():
+                prefix = which.encode(replace(inputs, embodiment_id=ids)).repeat(2)
+                made.append(which.sample(prefix, which.draw_noise(2 * kinds, 0)))
+        torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-6)
+
+
+def test_the_tokens_of_an_instruction_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = TINY["groot_n15"]().processor
+    first, _ = processor.tokenize(PROMPTS)
+    asked: list[str] = []
+    processor.tokenizer = _Recording(processor.tokenizer, asked)
+    again, _ = processor.tokenize(PROMPTS)
+    assert torch.equal(first, again) and not asked
+    monkeypatch.setattr("omega_qvla.policies.groot_n15.processor.KEPT_PROMPTS", 1)
+    processor.tokenize(["another one"])
+    assert len(asked) == 1 and torch.equal(processor.tokenize(PROMPTS)[0], first)
+    assert len(asked) == 3 and len(processor._ids) == 1
+
+
+class _Recording:
+    """A tokenizer that writes down what it is asked."""
+
+    def __init__(self, inner: Any, asked: list[str]) -> None:
+        self._inner, self._asked = inner, asked
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        self._asked.append(text)
+        return self._inner.encode(text, add_special_tokens=add_special_tokens)

@@ -94,22 +94,34 @@ def attend(
     threads: int,
 ) -> None: ...
 
+class Dense:
+    def __init__(self, weight: Any, bias: Any | None) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def run(self, x: int, rows: int, y: int, threads: int) -> None: ...
+
 class Block:
     def __init__(
         self,
-        in_: Linear,
-        out: Linear,
-        up: Linear,
-        down: Linear,
+        *,
+        in_: Linear | Dense,
+        out: Linear | Dense,
+        up: Linear | Dense,
+        down: Linear | Dense,
+        query: Linear | Dense | None,
         heads: int,
         kv_heads: int,
         dim: int,
         cross: bool,
+        causal: bool,
         center: bool,
+        plus: float,
         gated: bool,
         kind: int,
         eps: float,
         scale: float,
+        q_gain: Any | None,
+        k_gain: Any | None,
     ) -> None: ...
     def run(
         self,
@@ -117,6 +129,7 @@ class Block:
         y: int,
         batch: int,
         rows: int,
+        keep: int,
         before: tuple[int, int, int],
         after: tuple[int, int, int],
         modulations: int,

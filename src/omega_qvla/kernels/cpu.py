@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -21,6 +20,7 @@ from omega_qvla.errors import BackendError
 from omega_qvla.kernels import arithmetic
 from omega_qvla.kernels.prologue import dense_blocks
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
+from omega_qvla.kernels.rows import compiled
 from omega_qvla.numerics.hadamard import base_matrix, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
 
@@ -89,7 +89,7 @@ class NativeBackend:
 
 def isa_names() -> tuple[str, ...]:
     """Instruction sets with a path that runs on this machine, fastest first; () if unbuilt."""
-    module = _module()
+    module = compiled()
     return () if module is None else tuple(module.isa_names())
 
 
@@ -101,6 +101,7 @@ class NativeLayer:
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._static = layer.scheme.activation.static
         self._linear = _repack(layer, isa)
+        _register_operator()
         self._undo: Callable[[Tensor], Tensor] | None = None
         self._bias: Tensor | None = None  # where it cannot be added before
         if layer.output_rotation is not None:
@@ -162,20 +163,9 @@ class NativeLayer:
         return q, scale
 
 
-@cache
-def _module() -> ModuleType | None:
-    """The compiled module, or None where it was not built. It registers the operator too."""
-    try:
-        from omega_qvla.kernels import _native
-    except ImportError:
-        return None
-    _register_operator()
-    return _native
-
-
 def _repack(layer: QuantizedLayer, isa: str) -> _native.Linear:
-    module = _module()
-    assert module is not None
+    module = compiled()
+    assert module is not None  # `NativeBackend.prepare` has looked
     activation, rotation = layer.scheme.activation, layer.scheme.rotation
     grouped = activation.kind in ("per_token_group", "per_step_group")
     width = layer.in_features
@@ -229,6 +219,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
+@cache
 def _register_operator() -> None:
     """`omega_qvla::native_linear`, so that torch.compile keeps its graph whole."""
 

@@ -3,7 +3,8 @@
 Every function takes float32 tensors on the CPU whose last dimension is contiguous, and gives
 None where its arguments are anything else (a gradient is asked for, a dtype or a layout that it
 does not take, the kernels were not built): the caller then computes with torch. The results
-agree with torch's to rounding of the last places.
+agree with torch's to rounding of the last places. Gains, shifts and gates of a wrong width are
+an error (`modulation_rows`): no caller means them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from omega_qvla.errors import NumericsError
 
 _F32 = torch.float32
 KINDS = {"gelu": 0, "silu": 1}
@@ -42,6 +45,31 @@ def fits(*tensors: Tensor | None) -> bool:
     return True
 
 
+def modulation_rows(width: int, *tensors: Tensor | None) -> int | None:
+    """How many rows gains, shifts and gates [width] or [T, (1,) width] have; 1 where all are None.
+
+    None where they differ in T or do not lie row by row.
+
+    Raises:
+        NumericsError: a row is not `width` long, or there are none. The kernels read by address:
+            they would read what lies behind.
+    """
+    count = 0
+    for t in tensors:
+        if t is None:
+            continue
+        if t.numel() == 0 or t.shape[-1] != width:
+            raise NumericsError(
+                f"a gain, shift or gate {list(t.shape)} does not fit rows of {width} values; "
+                f"pass [{width}], or [T, {width}] for T groups of the batch"
+            )
+        rows = t.numel() // width
+        if not t.is_contiguous() or count not in (0, rows) or (t.dim() > 1 and t.shape[0] != rows):
+            return None
+        count = rows
+    return count or 1
+
+
 def _row_stride(x: Tensor) -> int | None:
     """Floats from row to row of x [..., width] seen as a matrix; None: it cannot be seen so."""
     stride, size = x.stride(-2), x.shape[-2]
@@ -61,7 +89,10 @@ def rms_norm(
 
     Args:
         x: [B, ..., width].
-        gain, shift: [width], or [T, (1,) width] with T = 1, or a row per entry of the batch.
+        gain, shift: [width], or [T, (1,) width] with B a multiple of T.
+
+    Raises:
+        NumericsError: a gain or shift of another width.
     """
     return _norm(x, eps, gain, shift, plus, center=False)
 
@@ -79,13 +110,9 @@ def _norm(
     module = compiled()
     if module is None or not fits(x, gain, shift):
         return None
-    width, rows = x.shape[-1], 1 if gain is None else gain.numel() // gain.shape[-1]
-    if gain is None and shift is not None:
-        return None
-    if gain is not None and not gain.is_contiguous():
-        return None
-    alike = gain is None or shift is None or shift.shape == gain.shape
-    if not alike or (shift is not None and not shift.is_contiguous()):
+    width = x.shape[-1]
+    rows = modulation_rows(width, gain, shift)
+    if rows is None or x.numel() == 0 or (gain is None and shift is not None):
         return None
     # [.., heads, width]: heads lie side by side in a token, tokens may be further apart.
     heads = x.dim() == 4 and x.stride(2) == width
@@ -107,17 +134,22 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def residual(x: Tensor, add: Tensor, gate: Tensor) -> Tensor | None:
-    """x + add * gate; x and add [B, S, width], gate [T, 1, width], B a multiple of T."""
+    """x + add * gate; x and add [B, S, width], gate [T, 1, width], B a multiple of T.
+
+    Raises:
+        NumericsError: a gate of another width.
+    """
     module = compiled()
     if module is None or not fits(x, add, gate) or x.shape != add.shape:
         return None
-    if not (x.is_contiguous() and add.is_contiguous() and gate.is_contiguous()):
+    if not (x.is_contiguous() and add.is_contiguous()):
         return None
-    width, gates = x.shape[-1], gate.shape[0]
-    if gate.numel() != gates * width or x.shape[0] % gates:
+    width = x.shape[-1]
+    gates = modulation_rows(width, gate)
+    if gates is None or x.shape[0] % gates:
         return None
     y = torch.empty(x.shape)
-    rows = x.numel() // max(1, width)
+    rows = x.numel() // width
     module.residual(
         x.data_ptr(), add.data_ptr(), gate.data_ptr(), rows, max(1, rows // gates), width,
         y.data_ptr(), torch.get_num_threads(),
@@ -152,7 +184,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """
     module = compiled()
     dim = x.shape[-1]
-    if module is None or dim % 2 or not fits(x, cos, sin) or x.stride(2) != dim:
+    if module is None or dim < 2 or dim % 2 or not fits(x, cos, sin) or x.stride(2) != dim:
         return None
     stride = _row_stride(x[:, :, 0])
     table, tokens = cos.numel() // (dim // 2), x.shape[0] * x.shape[1]
@@ -189,7 +221,7 @@ def attend(
     batch, heads, rows, dim = q.shape
     sources = []
     for k, v in (keys,) if more is None else (keys, more):
-        if k.shape != v.shape or k.shape[-1] != dim or batch % k.shape[0] or k.shape[2] == 0:
+        if k.shape != v.shape or k.shape[-1] != dim or 0 in k.shape or batch % k.shape[0]:
             return None
         repeats = batch // k.shape[0]
         sources.append(

@@ -25,13 +25,13 @@ def hasten_module(module: nn.Module) -> None:
     """Make a network on the CPU fast in float32, in place.
 
     Norms, gates, rotary embeddings and attention run in compiled kernels, where they are built;
-    blocks of quantized layers as one call; linear layers that are not quantized on the faster
-    of torch's products.
+    blocks of quantized layers, or of small unquantized ones, as one call; other linear layers
+    that are not quantized on the faster of torch's products.
     """
+    use_dense(module)
     for part in module.modules():
         if hasattr(part, "fast"):
             setattr(part, "fast", True)  # noqa: B010 (a plain attribute, not a submodule)
         fuse = getattr(part, "fuse", None)
         if fuse is not None:
             fuse()
-    use_dense(module)

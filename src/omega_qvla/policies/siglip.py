@@ -14,6 +14,9 @@ from torch.nn.functional import gelu, linear
 
 from omega_qvla.errors import ConfigError, ObservationError
 from omega_qvla.kernels import rows
+from omega_qvla.kernels.block import BlockShape
+from omega_qvla.kernels.dense import PackedDense
+from omega_qvla.modules.block import WholeBlock, norm_rows
 from omega_qvla.policies.attention import attend_heads
 
 
@@ -66,6 +69,12 @@ class SiglipEmbeddings(nn.Module):
             3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embedding = nn.Embedding(config.num_tokens, config.hidden_size)
+        self.packed: PackedDense | None = None
+
+    def fuse(self) -> None:
+        """Multiply with a copy of the weights from now on, where they are small."""
+        weight = self.patch_embedding.weight.flatten(1)
+        self.packed = PackedDense.of(weight, self.patch_embedding.bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         # Patches do not overlap, so the convolution is one matrix product: several times
@@ -75,7 +84,9 @@ class SiglipEmbeddings(nn.Module):
         pixels = pixel_values[..., : side * size, : side * size].to(weight.dtype)
         grid = pixels.reshape(len(pixels), 3, side, size, side, size)
         patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
-        tokens: Tensor = linear(patches, weight.flatten(1), self.patch_embedding.bias)
+        tokens = None if self.packed is None else self.packed(patches)
+        if tokens is None:
+            tokens = linear(patches, weight.flatten(1), self.patch_embedding.bias)
         return tokens + self.position_embedding.weight
 
 
@@ -128,8 +139,27 @@ class SiglipLayer(nn.Module):
         self.self_attn = SiglipAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMlp(config)
+        self.whole: WholeBlock | None = None
+
+    def fuse(self) -> None:
+        """Run as one call from now on, where the layers that it has now allow it."""
+        attention, mlp, norm = self.self_attn, self.mlp, self.layer_norm1
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.out_proj,),
+            (mlp.fc1,),
+            (mlp.fc2,),
+        )
+        heads = attention.num_heads
+        dim = attention.out_proj.in_features // heads
+        shape = BlockShape(heads, heads, dim, norm.eps, "layer", "gelu", plain=True)
+        self.whole = WholeBlock.of(groups, shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.whole is not None:
+            done = self.whole(x, norm_rows(self.layer_norm1), norm_rows(self.layer_norm2))
+            if done is not None:
+                return done
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out

@@ -157,11 +157,22 @@ class ActionHead(nn.Module):
         steps = self.config.num_inference_timesteps
         if self.baked is None or len(self.baked.buckets) == steps:
             self.kept = None
-            self.kept = self.step_conditionings(steps)
+            encoder = self.action_encoder
+            self.kept = tuple(
+                replace(one, time=encoder.time_parts(one.tau))
+                for one in self.step_conditionings(steps)
+            )
 
-    def tokens(self, prefix: Prefix, x_t: Tensor, tau: Tensor) -> Tensor:
-        """[state | future | action] tokens [N, 1 + F + H, width] of x_t [N, H, A]."""
-        actions = ActionEncoder.apply_selected(x_t.to(self.dtype), tau, prefix.encoder)
+    def tokens(
+        self, prefix: Prefix, x_t: Tensor, tau: Tensor, time: Tensor | None = None
+    ) -> Tensor:
+        """[state | future | action] tokens [N, 1 + F + H, width] of x_t [N, H, A].
+
+        tau, time: see `StepConditioning`.
+        """
+        if time is not None and time.shape[0] > 1:
+            time = time[prefix.embodiment_id]
+        actions = ActionEncoder.apply_selected(x_t.to(self.dtype), tau, prefix.encoder, time)
         if self.position_embedding is not None:
             actions = actions + self.position_embedding.weight[: x_t.shape[1]]
         future = self.future_tokens.weight.expand(prefix.batch, -1, -1)
@@ -173,7 +184,7 @@ class ActionHead(nn.Module):
         `conditioning` is of one time for all (`step_conditioning(n).at(s)`), or of one time per
         entry of x_t (`conditioning(buckets [N])`, for training).
         """
-        tokens = self.tokens(prefix, x_t, conditioning.tau)
+        tokens = self.tokens(prefix, x_t, conditioning.tau, conditioning.time)
         hidden = self.model(
             tokens, prefix.key_values, conditioning, prefix.vl_mask, keep=x_t.shape[1]
         )

@@ -93,3 +93,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
         return out
+
+
+def layer_groups(
+    attention: Attention, forward: FeedForward, cross: bool = False
+) -> tuple[tuple[nn.Module, ...], ...]:
+    """A block's linear layers by what they read (`modules.block.WholeBlock`); cross: without
+    keys and values."""
+    inner, outer = forward.net[0], forward.net[2]
+    assert isinstance(inner, GeluProjection)
+    readers = (attention.to_q, attention.to_k, attention.to_v)
+    return readers[:1] if cross else readers, (attention.to_out[0],), (inner.proj,), (outer,)

@@ -18,8 +18,8 @@ from omega_qvla.modules.shared import project
 from omega_qvla.policies.groot_n15.blocks import (
     Attention,
     FeedForward,
-    GeluProjection,
     KeyValue,
+    layer_groups,
 )
 from omega_qvla.policies.groot_n15.config import TransformerConfig
 from omega_qvla.policies.groot_n15.embodiment import action_time_code
@@ -103,6 +103,8 @@ class StepConditioning:
         tau: [N, width], the action encoder's time code.
         scales, shifts: [blocks, N, width], of each block's norm1.
         out_shift, out_scale: [N, width], of proj_out_1.
+        time: [embodiments, 1, width], the action encoder's share of tau (N = 1), or None: it is
+            computed as it is needed.
     """
 
     buckets: Tensor
@@ -111,6 +113,7 @@ class StepConditioning:
     shifts: Tensor
     out_shift: Tensor
     out_scale: Tensor
+    time: Tensor | None = None
 
     def at(self, step: int) -> StepConditioning:
         """The conditioning of one step (N = 1), which applies to the whole batch."""
@@ -142,26 +145,9 @@ class DiTBlock(nn.Module):
 
     def fuse(self) -> None:
         """Run as one native call from now on, where the layers that it has now allow it."""
-        attention, inner, outer = self.attn1, self.ff.net[0], self.ff.net[2]
-        assert isinstance(inner, GeluProjection)
-        readers = (attention.to_q, attention.to_k, attention.to_v)
-        groups: list[tuple[nn.Module, ...]] = [
-            readers[:1] if self.cross else readers,
-            (attention.to_out[0],),
-            (inner.proj,),
-            (outer,),
-        ]
-        shape = BlockShape(
-            attention.heads,
-            attention.heads,
-            attention.head_dim,
-            1e-5,
-            "layer",
-            "gelu",
-            False,
-            self.cross,
-        )
-        self.whole = WholeBlock.of(groups, shape)
+        heads, dim = self.attn1.heads, self.attn1.head_dim
+        shape = BlockShape(heads, heads, dim, 1e-5, "layer", "gelu", cross=self.cross)
+        self.whole = WholeBlock.of(layer_groups(self.attn1, self.ff, self.cross), shape)
 
     def forward(
         self,
@@ -180,10 +166,10 @@ class DiTBlock(nn.Module):
             keep: compute only the last `keep` tokens' outputs: [N, keep, D].
         """
         if keep is not None and self.cross:
-            x = x[:, -keep:].contiguous()
-        if self.whole is not None and mask is None and (keep is None or self.cross):
+            x, keep = x[:, -keep:].contiguous(), None
+        if self.whole is not None and mask is None:
             modulation = (scale, shift, None)
-            done = self.whole(x, modulation, (None, None, None), key_value)
+            done = self.whole(x, modulation, (None, None, None), key_value, keep=keep)
             if done is not None:
                 return done
         normed = self.norm1(x, scale, shift)
@@ -201,6 +187,8 @@ class DiTBlock(nn.Module):
 
 class DiT(nn.Module):
     """The whole transformer; even blocks cross-attend, odd ones self-attend."""
+
+    fast = False
 
     def __init__(self, config: TransformerConfig, output_dim: int) -> None:
         super().__init__()
@@ -272,6 +260,8 @@ class DiT(nn.Module):
             scale, shift = conditioning.scales[i], conditioning.shifts[i]
             kept = keep if i == last else None
             x = block(x, scale, shift, key_values[i], mask, kept)
-        x = modulated_norm(x, conditioning.out_scale, conditioning.out_shift, 1e-6)
+        scale, shift = conditioning.out_scale, conditioning.out_shift
+        normed = rows.layer_norm(x, 1e-6, scale, shift) if self.fast else None
+        x = modulated_norm(x, scale, shift, 1e-6) if normed is None else normed
         out: Tensor = self.proj_out_2(x)
         return out

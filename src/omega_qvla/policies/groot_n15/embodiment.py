@@ -33,6 +33,9 @@ class CategoryLinear(nn.Module):
         """Weights of the embodiments `ids` [B], or [1] for one shared by the batch."""
         if self.W.shape[0] == 1:
             return CategoryWeights(self.W, self.b)
+        if ids.numel() == 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            one = int(ids)  # a view, where gathering would copy the weights
+            return CategoryWeights(self.W[one : one + 1], self.b[one : one + 1])
         return CategoryWeights(self.W[ids], self.b[ids])
 
 
@@ -94,18 +97,33 @@ class ActionEncoder(nn.Module):
     def select(self, ids: Tensor) -> tuple[CategoryWeights, CategoryWeights, CategoryWeights]:
         return self.W1.select(ids), self.W2.select(ids), self.W3.select(ids)
 
+    def time_parts(self, tau: Tensor) -> Tensor:
+        """`time_part` of tau [1, width] for each embodiment: [categories, 1, width]."""
+        kinds = torch.arange(self.W2.W.shape[0], device=tau.device)
+        return torch.cat([self.time_part(tau, self.W2.select(kind[None])) for kind in kinds])
+
     @staticmethod
-    def apply_selected(x: Tensor, tau: Tensor, layers: tuple[CategoryWeights, ...]) -> Tensor:
+    def time_part(tau: Tensor, w2: CategoryWeights) -> Tensor:
+        """tau [N, width] or [1, width] times its half of W2, bias added: [N, 1, width]."""
+        if tau.shape[0] < w2.weight.shape[0]:
+            tau = tau.expand(w2.weight.shape[0], -1)
+        half = w2.weight.shape[-1]
+        return category_linear(tau[:, None], CategoryWeights(w2.weight[:, half:], w2.bias))
+
+    @staticmethod
+    def apply_selected(
+        x: Tensor, tau: Tensor, layers: tuple[CategoryWeights, ...], time: Tensor | None = None
+    ) -> Tensor:
         """x [N, H, action_dim], tau [N, width] or [1, width], to [N, H, width].
 
         tau is the same for all H actions, so its half of W2 is multiplied once per entry.
+        time: `time_part` of the embodiments, where it was computed before.
         """
         w1, w2, w3 = layers
         hidden = category_linear(x, w1)
         width = hidden.shape[-1]
-        if tau.shape[0] < w2.weight.shape[0]:
-            tau = tau.expand(w2.weight.shape[0], -1)
-        time = category_linear(tau[:, None], CategoryWeights(w2.weight[:, width:], w2.bias))
+        if time is None:
+            time = ActionEncoder.time_part(tau, w2)
         mixed = category_matmul(hidden, w2.weight[:, :width])
         if 1 < time.shape[0] < mixed.shape[0]:
             time = time.repeat_interleave(mixed.shape[0] // time.shape[0], dim=0)

@@ -33,6 +33,8 @@ ModalityStats = Mapping[str, Mapping[str, Stats]]
 DIALECTS = ("isaac", "lerobot")
 #: What LeRobot says for an empty instruction (0.4.4, processor_groot.py).
 DEFAULT_PROMPT = "Perform the task."
+#: Instructions whose tokens are kept: a robot hears the same one for a whole episode.
+KEPT_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class GrootProcessor:
         self.state_norm = self._norm("state", config.state_keys)
         self.action_norm = self._norm("action", config.action_keys)
         self._pad = special_id(tokenizer, GROOT_PAD)
+        self._ids: dict[str, list[int]] = {}
         self._check()
 
     @classmethod
@@ -198,17 +201,24 @@ class GrootProcessor:
 
         The state is not part of the prompt; `states` is there for symmetry with pi0.5.
         """
-        tokens = self.model.eagle.tokens_per_image
-        ids: dict[str, list[int]] = {}
-        for prompt in prompts:
-            if prompt not in ids:
-                said = prompt or DEFAULT_PROMPT if self.config.dialect == "lerobot" else prompt
-                text = groot_prompt(said, len(self.cameras), tokens)
-                ids[prompt] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = {prompt: self._encode(prompt) for prompt in prompts}
         length = max(map(len, ids.values()))
         rows = {p: [self._pad] * (length - len(row)) + row for p, row in ids.items()}
         masks = {p: [False] * (length - len(row)) + [True] * len(row) for p, row in ids.items()}
         return torch.tensor([rows[p] for p in prompts]), torch.tensor([masks[p] for p in prompts])
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Token ids of one instruction in its chat; those of the latest ones are kept."""
+        known = self._ids.get(prompt)
+        if known is not None:
+            return known
+        said = prompt or DEFAULT_PROMPT if self.config.dialect == "lerobot" else prompt
+        text = groot_prompt(said, len(self.cameras), self.model.eagle.tokens_per_image)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(self._ids) >= KEPT_PROMPTS:
+            self._ids.clear()
+        self._ids[prompt] = ids
+        return ids
 
     def camera_images(self, observations: Sequence[Observation], camera: str) -> Tensor:
         """One camera's images, float32 [B, 3, size, size] in [-1, 1]. Raises ObservationError."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from omega_qvla.kernels import rows
+from omega_qvla.kernels.block import BlockShape
+from omega_qvla.modules.block import WholeBlock, norm_rows
 from omega_qvla.modules.shared import project
 from omega_qvla.policies.attention import attend_heads
 from omega_qvla.policies.groot_n15.config import Qwen3Config
@@ -41,15 +45,30 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, table: Tensor, fast: bool = False) -> Tensor:
-    """Apply the rotary `table` [2, L, head_dim] to x [B, L, heads, head_dim]."""
-    half = x.shape[-1] // 2
+class Rotary(NamedTuple):
+    """The rotary angles of one length.
+
+    full: `rotary_table`; cos, sin: its halves, contiguous [length, head_dim / 2], as the compiled
+    kernels take them.
+    """
+
+    full: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, length: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
+        full = rotary_table(length, head_dim, theta, device)
+        return cls(full, *full[:, :, : head_dim // 2].contiguous())
+
+
+def rotate(x: Tensor, table: Rotary, fast: bool = False) -> Tensor:
+    """Apply the rotary `table` of L positions to x [B, L, heads, head_dim]."""
     if fast:
-        cos, sin = table[:, :, :half].contiguous()
-        turned = rows.rotate(x, cos, sin)
+        turned = rows.rotate(x, table.cos, table.sin)
         if turned is not None:
             return turned
-    cos, sin = table.to(x.dtype)[:, :, None]
+    cos, sin = table.full.to(x.dtype)[:, :, None]
     first, second = x.chunk(2, dim=-1)
     out: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
     return out
@@ -71,7 +90,7 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, table: Rotary, mask: Tensor | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, L] (True: attend) or None for plain causal."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -110,8 +129,32 @@ class Qwen3Layer(nn.Module):
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.whole: WholeBlock | None = None
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+    def fuse(self) -> None:
+        """Run as one call from now on, where the layers that it has now allow it."""
+        attention, mlp = self.self_attn, self.mlp
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        dim, eps = attention.head_dim, self.input_layernorm.eps
+        heads, kv_heads = (p.out_features // dim for p in (attention.q_proj, attention.k_proj))
+        shape = BlockShape(
+            heads, kv_heads, dim, eps, "rms", "silu", gated=True, causal=True, plain=True
+        )
+        gains = (attention.q_norm.weight, attention.k_norm.weight)
+        self.whole = WholeBlock.of(groups, shape, gains)
+
+    def forward(self, x: Tensor, table: Rotary, mask: Tensor | None) -> Tensor:
+        if self.whole is not None and mask is None:
+            before = norm_rows(self.input_layernorm)
+            after = norm_rows(self.post_attention_layernorm)
+            done = self.whole(x, before, after, rope=(table.cos, table.sin))
+            if done is not None:
+                return done
         x = x + self.self_attn(self.input_layernorm(x), table, mask)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -132,12 +175,15 @@ def causal_mask(valid: Tensor) -> Tensor:
 class Qwen3Model(nn.Module):
     """Token embedding, the first `num_layers` layers and the final norm (no lm_head)."""
 
+    fast = False
+
     def __init__(self, config: Qwen3Config, num_layers: int) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._last: Rotary | None = None
 
     def forward(self, embeddings: Tensor, valid: Tensor | None = None) -> Tensor:
         """Features after the final norm.
@@ -148,12 +194,22 @@ class Qwen3Model(nn.Module):
             embeddings: [B, L, D].
             valid: [B, L], nonzero where a token is real; None: all are, which is faster.
         """
-        config = self.config
-        length, device = embeddings.shape[1], embeddings.device
-        table = rotary_table(length, config.head_dim, config.rope_theta, device)
+        table = self._rotary(embeddings.shape[1], embeddings.device)
         mask = None if valid is None else causal_mask(valid)
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, table, mask)
         out: Tensor = self.norm(hidden)
         return out
+
+    def _rotary(self, length: int, device: torch.device) -> Rotary:
+        """The angles of this length; in a fast model those of the last call are kept."""
+        kept = self._last
+        if kept is not None and kept.full.shape[1] == length and kept.full.device == device:
+            return kept
+        config = self.config
+        with torch.inference_mode(False):  # what is kept may meet a gradient later
+            made = Rotary.of(length, config.head_dim, config.rope_theta, device)
+        if self.fast:
+            self._last = made
+        return made
