@@ -107,8 +107,14 @@ def test_bits_of_activations_at_run_time(place: Path, tmp_path: Path, run: Run) 
         assert code == 0
         return float(data["families"]["pi05"]["plain"]["omega"]["relative_error"])
 
-    four, eight = drift(), drift("--act-bits", 8)
-    assert eight != four and min(eight, four) > 0  # the weights are what errs here
+    found = {bits: drift("--act-bits", bits) for bits in (4, 6, 8)}
+    assert found[4] == drift()
+    assert len(set(found.values())) == 3 and min(found.values()) > 0  # weights err here
+    seen = ["--observations", place / "o.safetensors", *said(place)]
+    pack = ["--pack", f"omega={place}/both.safetensors", "--backend", "native", "--act-bits", 6]
+    code, _, error = run("compare", "--checkpoint", place / "checkpoint", *pack, *seen)
+    assert code == 2
+    assert "backend 'native' cannot run this pack" in error and "6-bit activations" in error
     play = ["--env", "cli.fakes:DriftEnv", "--tasks", *TASKS, "--episodes", 2, "--workers", 0]
     play += ["--out", tmp_path / "r", *said(place)]
     arm = ["--arm", f"omega={place}/both.safetensors", "--no-reference"]

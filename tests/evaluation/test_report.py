@@ -11,6 +11,7 @@ from omega_qvla.evaluation.report import ReportData, render_report, write_report
 from omega_qvla.evaluation.report.heatmap import CLASSES, heat_class
 from omega_qvla.evaluation.report.names import short_name, split_name
 from omega_qvla.evaluation.report.plots import _thinned
+from omega_qvla.evaluation.report.tables import headline_table
 from omega_qvla.evaluation.report.theme import SENTINELS, arm_colours
 from omega_qvla.evaluation.report.traces import _at, _thin
 
@@ -111,6 +112,31 @@ def test_a_report_with_only_a_summary_says_what_is_missing(data):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
+
+
+def test_a_report_on_drift_alone_has_no_columns_for_success(data):
+    """Empty ones would read as arms that solved nothing."""
+    of_episodes = ("episodes", "success", "interval", "paired", "jerk_ratio", "tasks")
+    alone = {
+        family: {
+            variant: {
+                arm: {key: value for key, value in values.items() if key not in of_episodes}
+                for arm, values in arms.items()
+            }
+            for variant, arms in variants.items()
+        }
+        for family, variants in data.summary.items()
+    }
+    heads = {}
+    for name, summary in (("played", data.summary), ("alone", alone)):
+        table = headline_table(replace(data, summary=summary))
+        heads[name] = re.findall(r"<th>(.*?)</th>", table)
+        rows = [row for row in table.split("<tr") if "scope=" in row]
+        assert rows and {row.count("<td>") for row in rows} == {len(heads[name]) - 1}
+        assert f'colspan="{len(heads[name])}"' in table
+    left = ["arm", "cosine<br>median", "cosine<br>min", "quantized layers"]
+    assert heads["alone"] == left
+    assert len(heads["played"]) == 9 and "success" in heads["played"]
 
 
 def test_names_are_escaped_and_unknown_arms_get_a_colour(data):

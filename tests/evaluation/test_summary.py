@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from omega_qvla.errors import EvaluationError
+from omega_qvla.evaluation.counting import arm_counts
+from omega_qvla.evaluation.merged import merged_summary
 from omega_qvla.evaluation.open_loop import chunk_drift
 from omega_qvla.evaluation.records import ArmKey, EpisodeRecord
 from omega_qvla.evaluation.statistics import wilson
@@ -61,6 +63,32 @@ def test_summary_in_the_schema_of_the_demo(records):
     assert full["cosine"] == {"mean": 1.0, "median": 1.0, "min": 1.0}
     assert "paired" not in full
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_every_summary_counts_alike(records):
+    """What `eval` shows, what stands beside the results, and what `compare` reads."""
+    mine = [r for r in records if r.arm == "omega"]
+    counts = arm_counts(mine)
+    omega = summarise(records, {}, {})["pi05"]["plain"]["omega"]
+    assert {key: omega[key] for key in counts} == counts
+    merged = merged_summary({"settings": {"env": "toy"}}, mine)["arms"]["pi05/plain/omega"]
+    assert merged["total_success_rate"] == counts["success"] == 0.8
+    assert merged["interval"] == counts["interval"]
+    assert merged["suites"] == {
+        "toy": {"success_rate": 0.8, "episodes": 10, "successes": 8, "interval": counts["interval"]}
+    }
+    for task, entry in counts["tasks"].items():
+        assert {key: merged["tasks"][task][key] for key in entry} == entry
+    assert merged["seconds_per_episode"] == {"simulation": 0.1, "rendering": 0.2, "policy": 0.4}
+
+
+def test_time_per_chunk_is_the_median_over_episodes():
+    times = (0.1, 0.2, 0.4, 9.0)
+    played = [record("omega", seed, True, policy_s=t, replans=4) for seed, t in enumerate(times)]
+    stopped = record("omega", 5, False, replans=0, error="not finite")
+    counts = arm_counts([*played, stopped])
+    assert (counts["policy_ms"], counts["errors"]) == (75.0, 1)  # between 50 and 100
+    assert arm_counts([stopped])["policy_ms"] is None
 
 
 def test_missing_reference_and_doubled_episodes_are_refused(records):

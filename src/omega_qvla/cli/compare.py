@@ -121,10 +121,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for variant, arms in variants.items()
         for arm, values in arms.items()
     ]
-    console.table(COLUMNS, rows, left=3)
+    columns, rows = _filled(rows)
+    console.table(columns, rows, left=_NAMES)
     pairs = show_pairs(args, records, reference, console)
     if args.markdown is not None:
-        _write_markdown(args.markdown, rows)
+        _write_markdown(args.markdown, columns, rows)
         console.text(f"table in {args.markdown}")
     console.result({"reference": reference, "families": summary, "pairs": pairs})
     return 0
@@ -217,6 +218,7 @@ COLUMNS = (
     "family", "variant", "arm", "success (95%)", "difference (95%), points", "only reference / "
     "only arm", "p", "cosine median", "cosine min", "jerk", "layers",
 )  # fmt: skip
+_NAMES = 3  # columns that say whose row it is
 
 
 def _row(family: str, variant: str, arm: str, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -242,10 +244,16 @@ def _row(family: str, variant: str, arm: str, values: Mapping[str, Any]) -> tupl
     )
 
 
-def _write_markdown(path: Path, rows: list[tuple[str, ...]]) -> None:
+def _filled(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows without what is empty in all rows: success where drift alone was asked."""
+    kept = [i for i in range(len(COLUMNS)) if i < _NAMES or any(row[i] for row in rows)]
+    return tuple(COLUMNS[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+
+
+def _write_markdown(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from omega_qvla.cli.comparison.table import table_text
     from omega_qvla.files import atomic_file
 
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = table_text(columns, rows)
     with atomic_file(path, parents=True) as stream:
         stream.write(text.encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +80,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Play what is missing (or join files), and show the table."""
+    from omega_qvla.evaluation.counting import arm_counts, seconds_per_episode
     from omega_qvla.evaluation.merged import summary_path, write_summary
 
     records = _merge(args) if args.merge else _play(args, console)
     write_summary(args.out)
     keys = list(dict.fromkeys(record.key for record in records))
-    data = {str(key): arm_result([r for r in records if r.key == key]) for key in keys}
+    data = {}
+    for key in keys:
+        played = [record for record in records if record.key == key]
+        data[str(key)] = {**arm_counts(played), "seconds": seconds_per_episode(played)}
     show_success(data, console)
     console.text(f"results in {args.out}, with their circumstances in {summary_path(args.out)}")
     console.result({"out": str(args.out), "summary": str(summary_path(args.out)), "arms": data})
@@ -108,30 +112,6 @@ def _play(args: argparse.Namespace, console: Console) -> list[EpisodeRecord]:
     record = [episode for episode in plan.episodes if args.record and episode.seed == first]
     console.note(f"{len(plan.arms)} arm(s), {len(plan.episodes)} episodes each")
     return run_evaluation(plan, args.out, executor=executor, record=record, progress=console.live)
-
-
-def arm_result(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """Success of one arm, JSON-ready."""
-    from omega_qvla.evaluation.statistics import wilson
-
-    successes = sum(record.success for record in records)
-    tasks: dict[str, list[bool]] = {}
-    for record in records:
-        tasks.setdefault(record.task, []).append(record.success)
-    times = sorted(1000 * r.policy_s / r.replans for r in records if r.replans)
-    return {
-        "episodes": len(records),
-        "successes": successes,
-        "success": successes / len(records),
-        "interval": list(wilson(successes, len(records))),
-        "tasks": {t: {"episodes": len(o), "successes": sum(o)} for t, o in tasks.items()},
-        "errors": sum(record.error is not None for record in records),
-        "policy_ms": round(times[len(times) // 2], 2) if times else None,
-        "seconds": {
-            part: round(sum(getattr(r, f"{part}_s") for r in records) / len(records), 3)
-            for part in ("simulation", "rendering", "policy")
-        },
-    }
 
 
 def show_success(arms: Mapping[str, Mapping[str, Any]], console: Console) -> None:

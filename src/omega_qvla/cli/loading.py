@@ -9,6 +9,9 @@ from typing import Any
 
 from omega_qvla.errors import ConfigError
 
+#: As in `config.recipe.ActivationScheme`.
+ACT_BITS = (4, 6, 8)
+
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """--settings, --tokenizer, --revision, --offline."""
@@ -40,8 +43,8 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--act-bits",
         type=int,
-        choices=[4, 8],
-        help="round activations to so many bits, whatever the pack says",
+        choices=ACT_BITS,
+        help="round activations to so many bits, whatever the pack says (6: emulated only)",
     )
     group.add_argument(
         "--missing",

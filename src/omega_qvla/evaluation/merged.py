@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omega_qvla.errors import EvaluationError
+from omega_qvla.evaluation.counting import arm_counts, grouped, rates, seconds_per_episode
 from omega_qvla.evaluation.records import ArmKey, Episode, EpisodeRecord
 from omega_qvla.evaluation.results import (
     check_same,
@@ -16,7 +17,6 @@ from omega_qvla.evaluation.results import (
     results_lock,
     write_results,
 )
-from omega_qvla.evaluation.statistics import wilson
 from omega_qvla.files import atomic_file
 
 _FORMAT = 1
@@ -126,38 +126,22 @@ def suite_of(task: str, env: str) -> str:
 
 
 def _arm(records: Sequence[EpisodeRecord], env: str) -> dict[str, Any]:
-    count = len(records)
-    totals = _rates(records)
+    counts = arm_counts(records)
     return {
-        "total_success_rate": totals["success_rate"],
-        "total_episodes": totals["episodes"],
-        "total_successes": totals["successes"],
-        "interval": totals["interval"],
-        "suites": _grouped(records, lambda record: suite_of(record.task, env)),
-        "tasks": _grouped(records, lambda record: record.task),
-        "errors": sum(record.error is not None for record in records),
-        "seconds_per_episode": {
-            "simulation": round(sum(r.simulation_s for r in records) / count, 3),
-            "rendering": round(sum(r.rendering_s for r in records) / count, 3),
-            "policy": round(sum(r.policy_s for r in records) / count, 3),
-        },
+        "total_success_rate": counts["success"],
+        "total_episodes": counts["episodes"],
+        "total_successes": counts["successes"],
+        "interval": counts["interval"],
+        "suites": _rates(grouped(records, lambda record: suite_of(record.task, env))),
+        "tasks": _rates(grouped(records, lambda record: record.task)),
+        "errors": counts["errors"],
+        "seconds_per_episode": seconds_per_episode(records),
     }
 
 
-def _grouped(
-    records: Sequence[EpisodeRecord], name: Callable[[EpisodeRecord], str]
-) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[EpisodeRecord]] = {}
-    for record in records:
-        groups.setdefault(name(record), []).append(record)
-    return {group: _rates(members) for group, members in sorted(groups.items())}
-
-
-def _rates(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    successes = sum(record.success for record in records)
-    return {
-        "success_rate": successes / len(records),
-        "episodes": len(records),
-        "successes": successes,
-        "interval": list(wilson(successes, len(records))),
-    }
+def _rates(groups: Mapping[str, Sequence[EpisodeRecord]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, records in groups.items():
+        counts = rates(records)
+        found[name] = {"success_rate": counts.pop("success"), **counts}
+    return found

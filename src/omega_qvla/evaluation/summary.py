@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omega_qvla.errors import EvaluationError
+from omega_qvla.evaluation.counting import arm_counts
 from omega_qvla.evaluation.open_loop import Drift
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
 from omega_qvla.evaluation.smoothness import jerk_ratio
-from omega_qvla.evaluation.statistics import paired_difference, paired_table, wilson
+from omega_qvla.evaluation.statistics import paired_difference, paired_table
 
 Summary = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
@@ -84,20 +85,16 @@ def _arm(
 ) -> dict[str, Any]:
     if len({record.episode for record in records}) != len(records):
         raise EvaluationError(f"{key}: an episode appears twice")
-    successes = sum(record.success for record in records)
+    counts = arm_counts(records)
+    policy_ms = counts.pop("policy_ms")
     layer_bytes, layer_bytes_16bit = sizes.get(key, (None, None))
     is_reference = records is reference
     result = {
-        "episodes": len(records),
-        "successes": successes,
-        "success": successes / len(records),
-        "interval": list(wilson(successes, len(records))),
-        "tasks": _by_task(records),
-        "errors": sum(record.error is not None for record in records),
+        **counts,
         **_drift(drift.get(key), is_reference),
         "layer_bytes": layer_bytes,
         "layer_bytes_16bit": layer_bytes_16bit,
-        "policy_ms": _policy_ms(records),
+        "policy_ms": policy_ms,
     }
     if not is_reference:
         result["paired"] = compare_arms(reference, records)
@@ -136,15 +133,6 @@ def compare_arms(
     }
 
 
-def _by_task(records: Sequence[EpisodeRecord]) -> dict[str, dict[str, int]]:
-    tasks: dict[str, dict[str, int]] = {}
-    for record in sorted(records, key=lambda r: r.task):
-        entry = tasks.setdefault(record.task, {"episodes": 0, "successes": 0})
-        entry["episodes"] += 1
-        entry["successes"] += record.success
-    return tasks
-
-
 def _drift(drift: Drift | None, is_reference: bool) -> dict[str, Any]:
     if drift is None:
         one = 1.0 if is_reference else None
@@ -162,8 +150,3 @@ def _drift(drift: Drift | None, is_reference: bool) -> dict[str, Any]:
         },
         "relative_error": drift.relative_error if math.isfinite(drift.relative_error) else None,
     }
-
-
-def _policy_ms(records: Sequence[EpisodeRecord]) -> float | None:
-    times = sorted(1000 * r.policy_s / r.replans for r in records if r.replans)
-    return round(times[len(times) // 2], 2) if times else None

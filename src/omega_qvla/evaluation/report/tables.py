@@ -10,6 +10,12 @@ from omega_qvla.evaluation.report.data import ReportData
 from omega_qvla.evaluation.report.theme import arm_colours
 
 _DASH = '<span class="none">–</span>'
+_COLUMNS = (
+    "arm", "success", "95% interval", "against full precision", "p", "cosine<br>median",
+    "cosine<br>min", "jerk", "quantized layers",
+)  # fmt: skip
+#: Of these, what is known only of an arm that has played.
+_OF_EPISODES = {"success", "95% interval", "against full precision", "p", "jerk"}
 
 
 def headline_tiles(data: ReportData) -> str:
@@ -36,13 +42,14 @@ def _tile(data: ReportData, name: str, arm: Mapping[str, Any], reference: Mappin
 
 
 def headline_table(data: ReportData) -> str:
-    """Per family, variant and arm: success, difference, drift, bytes."""
-    head = (
-        "<tr><th>arm</th><th>success</th><th>95% interval</th>"
-        "<th>against full precision</th><th>p</th>"
-        "<th>cosine<br>median</th><th>cosine<br>min</th>"
-        "<th>jerk</th><th>quantized layers</th></tr>"
-    )
+    """Per family, variant and arm: success, difference, drift, bytes.
+
+    Where nothing was played, without the columns that only episodes fill.
+    """
+    arms_of = [arms for variants in data.summary.values() for arms in variants.values()]
+    played = any("success" in values for arms in arms_of for values in arms.values())
+    columns = [name for name in _COLUMNS if played or name not in _OF_EPISODES]
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"
     colours = arm_colours(data.arm_labels())
     body = []
     for family, variants in data.summary.items():
@@ -51,13 +58,21 @@ def headline_table(data: ReportData) -> str:
             episodes = max(values.get("episodes", 0) for values in arms.values())
             words = f"{episodes} episodes per arm" if episodes else "drift alone"
             body.append(
-                f'<tr class="group"><th colspan="9">{name} <small>{words}</small></th></tr>'
+                f'<tr class="group"><th colspan="{len(columns)}">{name} '
+                f"<small>{words}</small></th></tr>"
             )
-            body += [_arm_row(data, arm, values, colours[arm]) for arm, values in arms.items()]
+            for arm, values in arms.items():
+                cells = _arm_cells(data, arm, values, colours[arm])
+                row = "".join(f"<td>{cells[column]}</td>" for column in columns[1:])
+                featured = ' class="featured"' if arm == data.featured else ""
+                body.append(f"<tr{featured}>{cells['arm']}{row}</tr>")
     return f'<div class="scroll"><table>{head}{"".join(body)}</table></div>'
 
 
-def _arm_row(data: ReportData, arm: str, values: Mapping[str, Any], colour: str) -> str:
+def _arm_cells(
+    data: ReportData, arm: str, values: Mapping[str, Any], colour: str
+) -> dict[str, str]:
+    """Column -> what stands there; of the first the whole header cell."""
     success = rates = _DASH
     if "success" in values:
         success = f"<b>{100 * values['success']:.0f}%</b>"
@@ -71,20 +86,20 @@ def _arm_row(data: ReportData, arm: str, values: Mapping[str, Any], colour: str)
         p = f"{paired['p']:.3f}" if paired["p"] >= 0.001 else "&lt; 0.001"
     measured = cosine and arm != data.reference
     ratio = values.get("jerk_ratio")
-    featured = ' class="featured"' if arm == data.featured else ""
-    cells = [
-        f'<th scope="row"><i class="dot" style="background: var(--{colour})"></i>'
-        f"{escape(arm)}</th>",
-        success,
-        rates,
-        difference,
-        p,
-        _cosine(cosine["median"]) if measured and cosine else _DASH,
-        _cosine(cosine["min"]) if measured and cosine else _DASH,
-        f"×{ratio['actions']:.2f}" if ratio else _DASH,
-        _size(values),
-    ]
-    return f"<tr{featured}>{cells[0]}{''.join(f'<td>{cell}</td>' for cell in cells[1:])}</tr>"
+    name = (
+        f'<th scope="row"><i class="dot" style="background: var(--{colour})"></i>{escape(arm)}</th>'
+    )
+    return {
+        "arm": name,
+        "success": success,
+        "95% interval": rates,
+        "against full precision": difference,
+        "p": p,
+        "cosine<br>median": _cosine(cosine["median"]) if measured and cosine else _DASH,
+        "cosine<br>min": _cosine(cosine["min"]) if measured and cosine else _DASH,
+        "jerk": f"×{ratio['actions']:.2f}" if ratio else _DASH,
+        "quantized layers": _size(values),
+    }
 
 
 def task_table(data: ReportData) -> str:
