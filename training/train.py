@@ -28,7 +28,10 @@ from families import FAMILIES, Batch, Family, make_batch, make_family
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. `minutes` of training time; `samples` noise draws per observation."""
+    """One training run. `minutes` of training time; `samples` noise draws per observation.
+
+    shift: pictures are moved by up to so many pixels, at random.
+    """
 
     family: str
     data: Path
@@ -36,6 +39,7 @@ class Settings:
     minutes: float
     batch: int = 64
     samples: int = 4
+    shift: int = 4
     rate: float = 1e-3
     decay: float = 0.05
     average: float = 0.999
@@ -172,7 +176,7 @@ def train(settings: Settings) -> None:
     while run.elapsed < total:
         start = time.perf_counter()
         rows = torch.randint(len(training), (settings.batch,), generator=run.generator)
-        batch = make_batch(demos, training[rows], family, run.generator)
+        batch = make_batch(demos, training[rows], family, run.generator, settings.shift)
         flow, auxiliary = run.train_step(batch)
         weight = max(0.02, 1 / run.step)
         flow_mean += weight * (flow - flow_mean)
@@ -197,6 +201,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--shift", type=int, default=4, help="augmentation, pixels")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="torch.compile the loss")
