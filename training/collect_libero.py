@@ -49,6 +49,7 @@ STARTS = 10
 BLOCK = 5
 #: Actions; the expert's own motions saturate at 1.
 NOISE = (0.1, 0.4)
+ABOUT = ("first", "seed", "attempts", "prompt", "rendered")
 PROTOCOL = Path(__file__).with_name("libero.yaml")
 
 
@@ -159,7 +160,7 @@ def _write(path: Path, task: str, found: dict[str, Any]) -> None:
         "actions": np.array(found["labels"], np.float32),
         "executed": np.array(found["executed"], np.float32),
         "offsets": np.array([0, len(found["labels"])], np.int64),
-        **{key: np.array(found[key]) for key in ("first", "seed", "attempts", "prompt", "rendered")},
+        **{key: np.array(found[key]) for key in ABOUT},
         "task": np.array(task),
     }
     temporary = path.with_suffix(".tmp")
