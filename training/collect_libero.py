@@ -9,8 +9,12 @@ while the recorded label stays the expert's action at the state visited (DART). 
 episode, written atomically and skipped when present; blocks interleave the tasks, so that
 training can start on what is there.
 
+Pictures are rendered as the published protocols have it, and stored as the policy's own
+preprocessing shrinks them: what is trained on equals what an evaluation shows to the network.
+
 A file `<suite>-<task>-<episode>.npz` has the arrays of a shard of `collect.py` with one episode,
 and is read by `data.py`. What differs (n rendered steps, T steps):
+    rendered int64            edge of the pictures before they were shrunk to IMAGE_SIZE
     state    float32 [n, 8]   hand position, rotation as axis times angle, both fingers
     raw      float32 [n, 7]   hand position, opening between the fingers, the object's position
     actions  float32 [T, 7]   labels;  executed  float32 [T, 7]
@@ -30,18 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from configs import IMAGE_SIZE
 from omega_qvla.envs.libero import LiberoEnv
 from omega_qvla.envs.libero_files import suite_tasks
 from omega_qvla.envs.libero_oracle import PickAndPlace, oracle
 from omega_qvla.envs.libero_protocol import SUITES, libero_protocol
+from omega_qvla.policies.images import resize_with_pad
 
 #: Starts reserved per episode: failures use some up without shifting other episodes.
 STARTS = 10
 BLOCK = 5
 #: Actions; the expert's own motions saturate at 1.
 NOISE = (0.1, 0.4)
+ABOUT = ("first", "seed", "attempts", "prompt", "rendered")
 PROTOCOL = Path(__file__).with_name("libero.yaml")
 
 
@@ -78,6 +86,12 @@ def disturbance(rng: np.random.Generator, kind: int, steps: int) -> np.ndarray:
     return noise
 
 
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """uint8 [size, size, 3] -> [IMAGE_SIZE, IMAGE_SIZE, 3], as pi0.5's processor does it."""
+    small: np.ndarray = resize_with_pad(torch.from_numpy(image.copy()), IMAGE_SIZE).numpy()
+    return small
+
+
 def run_episode(
     env: LiberoEnv, expert: PickAndPlace, seed: int, kind: int, every: int
 ) -> dict[str, Any] | None:
@@ -95,8 +109,8 @@ def run_episode(
             observation = env.observe()
             raw = env.raw_observation
             opening = [np.ptp(raw["robot0_gripper_qpos"])]
-            found["base"].append(observation.images["base"])
-            found["wrist"].append(observation.images["wrist"])
+            for camera in ("base", "wrist"):
+                found[camera].append(shrunk(observation.images[camera]))
             found["state"].append(observation.state)
             found["raw"].append(
                 np.concatenate([raw["robot0_eef_pos"], opening, raw[f"{target}_pos"]])
@@ -117,6 +131,7 @@ def collect(job: Job) -> int:
     Raises:
         RuntimeError: the expert failed from every start that an episode has.
     """
+    torch.set_num_threads(1)
     env = LiberoEnv(job.task, **job.options)
     expert = oracle(env)
     for episode in job.episodes:
@@ -128,6 +143,7 @@ def collect(job: Job) -> int:
         else:
             raise RuntimeError(f"{job.path(episode).name}: failed from {STARTS} starts")
         found |= {"first": episode, "seed": seed, "attempts": attempt + 1, "prompt": env.prompt}
+        found["rendered"] = env.protocol.camera_size
         _write(job.path(episode), job.task, found)
     env.close()
     return len(job.episodes)
@@ -144,7 +160,7 @@ def _write(path: Path, task: str, found: dict[str, Any]) -> None:
         "actions": np.array(found["labels"], np.float32),
         "executed": np.array(found["executed"], np.float32),
         "offsets": np.array([0, len(found["labels"])], np.int64),
-        **{key: np.array(found[key]) for key in ("first", "seed", "attempts", "prompt")},
+        **{key: np.array(found[key]) for key in ABOUT},
         "task": np.array(task),
     }
     temporary = path.with_suffix(".tmp")

@@ -22,6 +22,7 @@ class Demonstrations:
     objects float32 [n, 3] (object position, metres); chunks float32 [n, horizon, A], the
     expert's labels from that step on (the last one repeated past the episode's end);
     task int64 [n] (index into `prompts`); held_out bool [n].
+    rendered: edge in which the simulator rendered, before the pictures were shrunk to theirs.
     """
 
     images_base: np.ndarray
@@ -32,9 +33,15 @@ class Demonstrations:
     task: np.ndarray
     held_out: np.ndarray
     prompts: tuple[str, ...]
+    rendered: int
 
     def __len__(self) -> int:
         return len(self.state)
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether the policy must shrink what it is shown, as the pictures here were."""
+        return self.rendered != self.images_base.shape[-1]
 
 
 def _chunks(shard: dict[str, np.ndarray], horizon: int) -> np.ndarray:
@@ -51,16 +58,19 @@ def load_demonstrations(folder: Path, horizon: int, held_out_every: int = 25) ->
 
     Raises:
         FileNotFoundError: the folder holds no shard.
+        ValueError: its shards were rendered in different sizes.
     """
     paths = sorted(folder.glob("*.npz"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no shards; run training/collect.py first")
     prompts: list[str] = []
+    rendered: set[int] = set()
     parts: dict[str, list[np.ndarray]] = {}
     for path in paths:
         with np.load(path) as file:
             shard = {key: file[key] for key in file.files}
         prompt = str(shard["prompt"])
+        rendered.add(int(shard.get("rendered", shard["images_base"].shape[1])))
         if prompt not in prompts:
             prompts.append(prompt)
         rows = {
@@ -75,8 +85,10 @@ def load_demonstrations(folder: Path, horizon: int, held_out_every: int = 25) ->
         }
         for key, value in rows.items():
             parts.setdefault(key, []).append(value)
+    if len(rendered) > 1:
+        raise ValueError(f"{folder}: pictures were rendered in {sorted(rendered)} pixels; keep one")
     arrays = {key: np.ascontiguousarray(np.concatenate(value)) for key, value in parts.items()}
-    return Demonstrations(**arrays, prompts=tuple(prompts))
+    return Demonstrations(**arrays, prompts=tuple(prompts), rendered=rendered.pop())
 
 
 def augment(images: Tensor, rng: torch.Generator, shift: int = 4, light: float = 0.15) -> Tensor:

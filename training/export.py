@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import load_demonstrations
-from families import FAMILIES, make_family
+from families import FAMILIES, Policy, make_family
 from omega_qvla.policies.pi05.policy import Pi05Policy
 from omega_qvla.policies.registry import save_policy
 
@@ -21,6 +21,17 @@ def allow_longer_prompts(policy: Pi05Policy) -> None:
     """Training pads every prompt to the longest of the data; a user may type a longer one."""
     config = dataclasses.replace(policy.model.config, max_token_len=64)
     policy.model.config = policy.processor.model = config
+
+
+def allow_larger_pictures(policy: Policy) -> None:
+    """Have the policy shrink its pictures, as those that it was trained on were shrunk.
+
+    Raises:
+        SystemExit: the family shrinks by another rule than `collect_libero.py`.
+    """
+    if not isinstance(policy, Pi05Policy):
+        raise SystemExit(f"{policy.family} does not shrink pictures as the demonstrations' were")
+    policy.processor.config = dataclasses.replace(policy.processor.config, resize=True)
 
 
 def export(run: Path, data: Path, out: Path) -> None:
@@ -35,6 +46,8 @@ def export(run: Path, data: Path, out: Path) -> None:
         raise SystemExit(f"{run}: the state does not fit: {missing} {unexpected}")
     if isinstance(family.policy, Pi05Policy):
         allow_longer_prompts(family.policy)
+    if demos.shrunk:
+        allow_larger_pictures(family.policy)
     save_policy(family.policy, out)
     print(f"{out}: step {state['step']}, {state['elapsed'] / 60:.1f} minutes of training")
 

@@ -188,7 +188,11 @@ def make_family(name: str, demos: Demonstrations, seed: int, compiled: bool = Tr
 
 
 def make_batch(
-    demos: Demonstrations, rows: Tensor, family: Family, generator: torch.Generator | None
+    demos: Demonstrations,
+    rows: Tensor,
+    family: Family,
+    generator: torch.Generator | None,
+    shift: int = 4,
 ) -> Batch:
     """Rows of the data as a batch; with a generator, augmented."""
     index = rows.numpy()
@@ -196,7 +200,7 @@ def make_batch(
     images = [torch.from_numpy(camera).float().div_(255) for camera in cameras]
     state = demos.state[index].astype(np.float64)
     if generator is not None:
-        images = [augment(image, generator) for image in images]
+        images = [augment(image, generator, shift) for image in images]
         jitter = torch.randn(state.shape, generator=generator).numpy()
         state = state + 0.01 * demos.state.std(0) * jitter
     processor = family.policy.processor

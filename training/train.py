@@ -28,7 +28,12 @@ from families import FAMILIES, Batch, Family, make_batch, make_family
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. `minutes` of training time; `samples` noise draws per observation."""
+    """One training run. `minutes` of training time; `samples` noise draws per observation.
+
+    shift: pictures are moved by up to so many pixels, at random.
+    held_out_every: one episode in so many is for validation, which is left out while there is
+    none.
+    """
 
     family: str
     data: Path
@@ -36,6 +41,8 @@ class Settings:
     minutes: float
     batch: int = 64
     samples: int = 4
+    shift: int = 4
+    held_out_every: int = 25
     rate: float = 1e-3
     decay: float = 0.05
     average: float = 0.999
@@ -160,19 +167,20 @@ def validate(run: Run, demos: Demonstrations, rows: torch.Tensor) -> float:
 def train(settings: Settings) -> None:
     """Train until `settings.minutes` of training time have passed, saving as it goes."""
     horizon = FAMILIES[settings.family].horizon
-    demos = load_demonstrations(settings.data, horizon)
+    demos = load_demonstrations(settings.data, horizon, settings.held_out_every)
     family = make_family(settings.family, demos, settings.seed, settings.compiled)
     run = Run(settings, family)
     training = torch.from_numpy((~demos.held_out).nonzero()[0])
     held_out = torch.from_numpy(demos.held_out.nonzero()[0])
-    held_out = held_out[torch.linspace(0, len(held_out) - 1, 256).long()]
+    if len(held_out):
+        held_out = held_out[torch.linspace(0, len(held_out) - 1, 256).long()]
     total = 60 * settings.minutes
     saved, flow_mean, auxiliary_mean = run.elapsed, 0.0, 0.0
     bar = tqdm(total=round(total), initial=round(run.elapsed), unit="s", mininterval=5)
     while run.elapsed < total:
         start = time.perf_counter()
         rows = torch.randint(len(training), (settings.batch,), generator=run.generator)
-        batch = make_batch(demos, training[rows], family, run.generator)
+        batch = make_batch(demos, training[rows], family, run.generator, settings.shift)
         flow, auxiliary = run.train_step(batch)
         weight = max(0.02, 1 / run.step)
         flow_mean += weight * (flow - flow_mean)
@@ -182,9 +190,11 @@ def train(settings: Settings) -> None:
         if run.elapsed - saved > settings.save_every or run.elapsed >= total:
             saved = run.elapsed
             run.save()
-            loss = validate(run, demos, held_out)
-            run.log(flow=flow_mean, auxiliary=auxiliary_mean, held_out=loss)
-            bar.set_postfix(step=run.step, flow=flow_mean, held_out=loss)
+            values = {"flow": flow_mean, "auxiliary": auxiliary_mean}
+            if len(held_out):
+                values["held_out"] = validate(run, demos, held_out)
+            run.log(**values)
+            bar.set_postfix(step=run.step, **values)
     bar.close()
 
 
@@ -197,6 +207,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--shift", type=int, default=4, help="augmentation, pixels")
+    parser.add_argument("--held-out-every", type=int, default=25, help="episodes")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="torch.compile the loss")

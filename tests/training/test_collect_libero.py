@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from omega_qvla.envs.libero import LiberoEnv
 from omega_qvla.envs.libero_files import find_assets, has_substitutes
 from omega_qvla.envs.libero_protocol import libero_protocol
 from omega_qvla.errors import EnvError
+from omega_qvla.policies.observation import Observation
+from omega_qvla.policies.registry import load_policy
 
+CAMERAS = ("base", "wrist")
 PROMPT = "pick up the milk and place it in the basket"
 
 
@@ -32,6 +38,7 @@ def episode(first: int, steps: int = 10) -> dict[str, Any]:
         "seed": 10 * first,
         "attempts": 1,
         "prompt": PROMPT,
+        "rendered": 256,
     }
 
 
@@ -62,12 +69,56 @@ def test_noise_moves_the_hand_and_never_the_fingers() -> None:
     assert repeated > 0.5  # held for several steps
 
 
-def test_the_small_policies_protocol_is_one() -> None:
+def test_demonstrations_are_rendered_as_the_published_protocols_render() -> None:
     from collect_libero import PROTOCOL
-    from configs import IMAGE_SIZE
 
-    protocol = libero_protocol(PROTOCOL)
-    assert protocol.camera_size == IMAGE_SIZE and protocol.execute == 5
+    ours, published = libero_protocol(PROTOCOL), libero_protocol("openpi")
+    assert replace(ours, name=published.name) == published
+
+
+def test_trained_on_are_the_pictures_that_the_exported_policy_sees(tmp_path: Path) -> None:
+    from collect_libero import _write, shrunk
+    from data import load_demonstrations
+    from export import export
+    from families import FAMILIES, make_family
+    from train import Run, Settings
+
+    rng = np.random.default_rng(0)
+    views = {name: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for name in CAMERAS}
+    found = episode(0, steps=3)
+    # Turned like the pictures of an evaluation: a view with negative strides.
+    found |= {name: [shrunk(view[::-1, ::-1])] for name, view in views.items()}
+    data = tmp_path / "data"
+    data.mkdir()
+    _write(data / "libero_object-7-0000.npz", "libero_object/x", found)
+    demos = load_demonstrations(data, FAMILIES["pi05"].horizon)
+    assert demos.rendered == 256 and demos.shrunk
+    Run(
+        Settings("pi05", data, tmp_path / "run", minutes=1.0),
+        make_family("pi05", demos, seed=0, compiled=False),
+    ).save()
+    export(tmp_path / "run", data, tmp_path / "out")
+
+    policy = load_policy(tmp_path / "out")
+    seen = Observation(
+        {name: view[::-1, ::-1] for name, view in views.items()}, demos.state[0], PROMPT
+    )
+    inputs = policy.processor.prepare([seen])
+    stored = (demos.images_base[0], demos.images_wrist[0])
+    for image, picture in zip(inputs.images, stored, strict=False):
+        assert image.shape == (1, 3, 80, 80)
+        assert torch.equal(image[0], torch.from_numpy(picture).float().div_(127.5).sub_(1.0))
+
+
+def test_pictures_of_different_renderings_are_not_mixed(tmp_path: Path) -> None:
+    from collect_libero import _write
+    from data import load_demonstrations
+
+    for first, edge in enumerate((256, 80)):
+        path = tmp_path / f"libero_object-7-{first:04d}.npz"
+        _write(path, "libero_object/x", episode(first) | {"rendered": edge})
+    with pytest.raises(ValueError, match=r"\[80, 256\] pixels"):
+        load_demonstrations(tmp_path, horizon=4)
 
 
 @pytest.mark.sim
@@ -79,7 +130,7 @@ def test_a_run_goes_on_where_it_stopped(pytestconfig: pytest.Config, tmp_path: P
         assets = find_assets(pytestconfig.getoption("--libero-assets"))
     except EnvError as error:
         pytest.skip(str(error))
-    from collect_libero import main
+    from collect_libero import main, shrunk
 
     words = ["--out", str(tmp_path), "--tasks", "1", "--every", "20", "--workers", "1"]
     words += ["--assets", str(assets)] + ["--substitutes"] * has_substitutes(assets)
@@ -97,3 +148,10 @@ def test_a_run_goes_on_where_it_stopped(pytestconfig: pytest.Config, tmp_path: P
         assert file["images_base"].shape[1:] == (80, 80, 3) and file["images_base"].std() > 10
         assert file["actions"].shape[1] == 7 and np.abs(file["actions"]).max() <= 1
         assert np.array_equal(file["actions"], file["executed"])  # the first of three has no noise
+        task, seed, stored = str(file["task"]), int(file["seed"]), file["images_base"][0]
+    # What an evaluation shows at this start, shrunk: bit for bit what was stored.
+    env = LiberoEnv(task, "openpi", assets, has_substitutes(assets))
+    env.sample_state(seed)
+    seen = env.observe().images["base"]
+    assert seen.shape == (256, 256, 3) and np.array_equal(shrunk(seen), stored)
+    env.close()

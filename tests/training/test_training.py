@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,15 @@ def test_loss_falls_and_a_resumed_run_is_the_undisturbed_one(
         torch.testing.assert_close(last[key], value, rtol=1e-3, atol=1e-4)
     again.log(flow=1.0)
     assert json.loads((tmp_path / "b" / "log.jsonl").read_text())["step"] == 6
+
+
+def test_held_out_loss_is_logged_where_episodes_are_held_out(folder: Path, tmp_path: Path) -> None:
+    from train import Settings, train
+
+    for every, there in ((2, True), (25, False)):
+        out = tmp_path / str(every)
+        # Half a second: a step or two, and the log's last line.
+        settings = Settings("pi05", folder, out, 0.5 / 60, batch=4, samples=1)
+        train(replace(settings, shift=0, held_out_every=every))
+        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        assert ("held_out" in last) == there and last["flow"] > 0
