@@ -158,6 +158,7 @@ def plan_from_arguments(
         raise ConfigError("--recipes takes --checkpoint DIR (perhaps several) and --out DIR")
     if args.results or args.pack:
         raise ConfigError("--recipes makes its own arms: leave out results files and --pack")
+    _refuse_others(args)
     arms = parse_arms(args.recipes)
     checkpoints = name_checkpoints(args.checkpoint)
     recordings = bool(args.observations or args.dataset)
@@ -187,6 +188,26 @@ def plan_from_arguments(
         fields["env_options"] = {"size": _image_size(checkpoints)}
     tasks = _tasks(args) if not recordings or episodes else ()
     return Comparison(args.out, checkpoints, arms, tasks, **fields), recorded
+
+
+#: Options of `compare` that a comparison of recipes has no use for, as argparse calls them.
+_OTHERS = (
+    "reference", "arms", "markdown", "videos", "episode", "act_bits", "settings", "tokenizer",
+    "revision", "offline",
+)  # fmt: skip
+
+
+def _refuse_others(args: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that would change nothing."""
+    given = [name for name in _OTHERS if getattr(args, name) not in (None, False)]
+    given += ["missing"] if args.missing != "fallback" else []
+    given += ["variant"] if args.variant != "plain" else []
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags}: of no use with --recipes, which builds its arms by recipe from checkpoints "
+            "that are whole and compares them with full precision; leave it out"
+        )
 
 
 def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
