@@ -164,7 +164,7 @@ def test_arms_are_named_so_that_files_can_be(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--act-bits", "8"], ["--missing", "error"], ["--markdown", "x"], ["--arms", "rtn"]]
+    "words", [["--act-bits", "8"], ["--missing", "error"], ["--arms", "rtn"], ["--execute", "3"]]
 )
 def test_options_that_recipes_would_ignore_are_refused(
     words: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
