@@ -33,7 +33,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": _SHARED,
     "calibration": _SHARED,
     "quantize": _BUILD,
-    "quantize_module": {*_BUILD, "quantize"},
     "envs": {"policies"},
     "runtime": {*_SHARED, "bundle"},
     "serving": _RUN,
@@ -41,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {*_BUILD, *_RUN, "quantize", "serving", "envs", "evaluation"},
 }
 GROUND = {"errors", "files", "__init__"}
-BUILD_WING = {"calibration", "quantize", "quantize_module"}
+BUILD_WING = {"calibration", "quantize"}
 RUN_WING = {"runtime", "envs", "serving", "evaluation"}
 # Imported inside the functions that need them, never when a module is loaded.
 LAZY = {"mujoco", "metaworld", "gymnasium", "matplotlib", "triton", "ray", "scipy", "pyarrow", "av"}

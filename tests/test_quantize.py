@@ -178,7 +178,7 @@ def test_a_failure_leaves_no_pack_and_an_old_one_alone(
     def full(*_: object) -> None:
         raise PackError("disk full")
 
-    monkeypatch.setattr(build, "write_pack", full)
+    monkeypatch.setattr(build.policy, "write_pack", full)
     with pytest.raises(PackError, match="disk full"):
         quantize(policy, out)
     assert out.read_bytes() == before

@@ -22,7 +22,7 @@ _PUBLIC = {
     "load_bundle": "omega_qvla.bundle.reader",
     "merge_packs": "omega_qvla.pack.merge",
     "preset": "omega_qvla.config.presets",
-    "quantize_": "omega_qvla.quantize_module",
+    "quantize_": "omega_qvla.quantize.module",
     "quantize_policy": "omega_qvla.quantize",
     "read_pack": "omega_qvla.pack.reader",
     "resolve_recipe": "omega_qvla.config.presets",

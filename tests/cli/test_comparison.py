@@ -14,6 +14,7 @@ from cli.fakes import TASKS, collect
 from omega_qvla.calibration import Calibration
 from omega_qvla.calibration.samples import SampleMeta, write_observations
 from omega_qvla.cli.comparison import run as stages
+from omega_qvla.cli.comparison.arguments import name_checkpoints
 from omega_qvla.cli.comparison.arms import ArmSpec, describe, parse_arm, parse_arms
 from omega_qvla.cli.comparison.cells import Builder
 from omega_qvla.cli.comparison.drift import DriftMeter, DriftRecord, drift_file, read_drift
@@ -21,7 +22,6 @@ from omega_qvla.cli.comparison.loop import played, results_file
 from omega_qvla.cli.comparison.plan import OUTLIERS, PLAIN, Comparison
 from omega_qvla.cli.comparison.run import Results, redo, run_comparison
 from omega_qvla.cli.comparison.table import write_tables
-from omega_qvla.cli.comparison.verb import name_checkpoints
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.main import main
 from omega_qvla.config import Recipe, preset

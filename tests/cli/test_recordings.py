@@ -46,6 +46,17 @@ def test_a_sweep_is_nested_and_measured_on_unseen_episodes(
     assert not seen & {episode for _, episode, _ in data["held_out"]}
 
 
+def test_a_sweep_whose_packs_could_not_run_is_refused_before_the_first(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["calibrate", f"{place}/checkpoint", "--dataset", f"{place}/dataset", *BASE]
+    words += ["--sweep", "2", "--drift-samples", "2", "--num-steps", "3"]
+    assert main([*words, "--recipe", "omega", "--recipe", "omega-paper"]) == 2
+    told = capsys.readouterr().err
+    assert "recipe 'omega-paper' has static scales" in told and "the checkpoint's 2" in told
+    assert "loading" not in told
+
+
 def test_a_pack_records_its_steps_and_is_compared_on_others(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +76,11 @@ def test_a_pack_records_its_steps_and_is_compared_on_others(
     assert main([*words, "--pack", f"fair={place}/fair.safetensors"]) == 0
     assert main([*words, "--pack", f"unfair={place}/unfair.safetensors"]) == 2
     assert "'unfair' was calibrated on held-out episode(s)" in capsys.readouterr().err
+    layers = ["--layers", "--checkpoint", f"{place}/checkpoint", *source, "--no-sensitivity"]
+    assert main(["inspect", f"{place}/unfair.safetensors", *layers, "--quiet"]) == 2
+    assert "was calibrated on held-out episode(s)" in capsys.readouterr().err
+    assert main(["inspect", f"{place}/fair.safetensors", *layers, "--observations", "x"]) == 2
+    assert "one of --observations and --dataset, not both" in capsys.readouterr().err
     # Of a merged pack, every part's calibration counts.
     unfair = read_pack(place / "unfair.safetensors")
     parts = {"parts": [{"source": "elsewhere"}, dict(unfair.manifest.calibration)]}

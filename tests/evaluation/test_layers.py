@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from evaluation.toy import LAYERS, ToyPolicy, observations, quantized
+from omega_qvla.config import ActivationScheme
 from omega_qvla.evaluation.diagnostics import clip_rate
 from omega_qvla.evaluation.layer_drift import layer_drift
 from omega_qvla.evaluation.layer_findings import LayerFinding, find_layers
@@ -24,6 +26,7 @@ from omega_qvla.evaluation.sensitivity import (
     sensitivity,
     suggest,
 )
+from omega_qvla.numerics.activation import quantize_per_token
 
 SEEN, SEEDS = observations(12), list(range(12))
 
@@ -90,13 +93,25 @@ def test_clipping_is_counted_where_rounding_cuts_off() -> None:
     layer = layers["backbone.fc"]
     x = torch.linspace(-1, 1, 64)[None].repeat(3, 1)
     assert clip_rate(x, layer) == 0  # absmax scales reach to the last value
-    from dataclasses import replace
-
     activation = replace(layer.scheme.activation, clip=0.5)
     clipped = replace(layer, scheme=replace(layer.scheme, activation=activation))
     scale = 0.5 / 7
     beyond = ((x > 7.5 * scale) | (x < -8.5 * scale)).double().mean()
     assert clip_rate(x, clipped) == pytest.approx(float(beyond)) and beyond > 0.3
+
+
+@pytest.mark.parametrize("kind", ["per_token", "per_token_group"])
+def test_clipping_is_counted_under_signed_scales_too(kind: str) -> None:
+    """Against the rounding itself: cut off is what it moves by more than half a step."""
+    _, layers = quantized(ToyPolicy(), "rtn")
+    layer = layers["backbone.fc"]
+    activation = ActivationScheme(kind, group=16, clip=0.5, signed=True)  # type: ignore[arg-type]
+    signed = replace(layer, scheme=replace(layer.scheme, activation=activation))
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    blocks = x if kind == "per_token" else x.view(-1, 16)
+    q, scale = quantize_per_token(blocks, 4, 0.5, signed=True)
+    beyond = ((blocks / scale - q).abs() > 0.5).double().mean()
+    assert clip_rate(x, signed) == pytest.approx(float(beyond)) and beyond > 0.01
 
 
 def findings(policy: ToyPolicy) -> tuple[LayerFinding, ...]:

@@ -3,7 +3,7 @@ import pytest
 
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.executor import InProcess
-from omega_qvla.evaluation.records import Episode, Trace
+from omega_qvla.evaluation.records import Episode, Protocol, Trace
 from omega_qvla.evaluation.replay import replay
 from omega_qvla.evaluation.results import read_results, write_results
 from omega_qvla.evaluation.videos import side_by_side, write_side_by_side
@@ -24,6 +24,18 @@ def test_episodes_are_played_again_as_recorded_with_frames_of_any_size(arms, tmp
         assert len(trace.actions) == record.steps and trace.success == record.success
         assert trace.frames.shape[1:] == (12, 12, 3)
         assert trace.frame_steps[1] == 2
+    # Traces of the same arms and episodes, drawn otherwise or of other results, are others.
+    large = replay(out, wanted, folder, InProcess(), frame_size=16, frame_every=2)
+    assert {trace.frames.shape[1] for trace in large.values()} == {16}
+    again = replay(out, wanted, folder, InProcess(), frame_size=12, frame_every=2)
+    assert {trace.frames.shape[1] for trace in again.values()} == {12}
+    other = tmp_path / "other.jsonl"
+    quick = run(plan(arms[:2], protocol=Protocol(execute=2)), other, workers=0)
+    found = replay(other, wanted, folder, InProcess(), frame_size=12, frame_every=2)
+    for key, episode in wanted:
+        (record,) = [r for r in quick if r.key == key and r.episode == episode]
+        assert len(found[key, episode].replans) == record.replans
+        assert record.replans != len(traces[key, episode].replans)
     (tmp_path / "omega").write_text("0.7")  # not needed any more: they lie there
     before = sorted(folder.iterdir())
     with pytest.raises(EvaluationError, match=r"omega\.checkpoint"):
@@ -39,7 +51,7 @@ def test_an_episode_that_goes_otherwise_is_an_error_and_leaves_no_trace(arms, tm
     write_results(out, header, [wrong, *records[1:]])
     with pytest.raises(EvaluationError, match="did not go as recorded"):
         replay(out, [(wrong.key, wrong.episode)], tmp_path / "traces", InProcess())
-    assert not list((tmp_path / "traces").iterdir())
+    assert not [path for path in (tmp_path / "traces").rglob("*") if path.is_file()]
 
 
 def test_a_file_without_its_arms_paths_cannot_be_replayed(arms, tmp_path):

@@ -9,7 +9,7 @@ from omega_qvla.evaluation.merged import merged_summary
 from omega_qvla.evaluation.open_loop import chunk_drift
 from omega_qvla.evaluation.records import ArmKey, EpisodeRecord
 from omega_qvla.evaluation.statistics import wilson
-from omega_qvla.evaluation.summary import summarise
+from omega_qvla.evaluation.summary import drift_numbers, summarise
 
 
 def record(arm, seed, success, variant="plain", **changes):
@@ -80,6 +80,17 @@ def test_every_summary_counts_alike(records):
     for task, entry in counts["tasks"].items():
         assert {key: merged["tasks"][task][key] for key in entry} == entry
     assert merged["seconds_per_episode"] == {"simulation": 0.1, "rendering": 0.2, "policy": 0.4}
+
+
+def test_infinite_errors_can_be_written_as_json():
+    """A channel that full precision never moves: any movement there is infinitely much."""
+    still = np.zeros((2, 3, 2))
+    moved = still.copy()
+    moved[:, :, 1] = 0.5
+    numbers = drift_numbers(chunk_drift(still, moved))
+    assert numbers["worst_channel"] == {"index": 1, "nmse": None}
+    assert numbers["relative_error"] is None
+    json.dumps(numbers, allow_nan=False)
 
 
 def test_time_per_chunk_is_the_median_over_episodes():

@@ -99,14 +99,17 @@ def run_layers(args: argparse.Namespace, console: Console) -> int:
 def _samples(args: argparse.Namespace) -> ObservationSet:
     """Observations that calibration has left alone, as far as that can be known."""
     from omega_qvla.cli.checkpoints import open_checkpoint
-    from omega_qvla.cli.recordings import draw_checked, open_recordings
+    from omega_qvla.cli.recordings import check_unseen, draw_checked, held_out_of, open_recordings
 
     outline = open_checkpoint(args.checkpoint).policy
     source = open_recordings(args, outline)
     if source is None:
         raise ConfigError("--layers needs observations: --observations PATH or --dataset DIR")
     count = min(args.num_samples, len(source.meta))
-    return draw_checked(args, source, "held-out", count, outline)
+    samples = draw_checked(args, source, "held-out", count, outline)
+    if held_out_of(args):
+        check_unseen(args.pack.name, args.pack, samples)
+    return samples
 
 
 def _layer_drift(

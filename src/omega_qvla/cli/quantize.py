@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omega_qvla.cli.building import follow, show_report
 from omega_qvla.cli.console import Console
@@ -16,6 +16,11 @@ from omega_qvla.cli.parsing import SIDES, TOKEN_CAPS, add_calibration, add_check
 from omega_qvla.cli.published import add_published, convert
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
+
+if TYPE_CHECKING:
+    from omega_qvla.calibration.collect import Calibration
+    from omega_qvla.calibration.samples import ObservationSet
+    from omega_qvla.cli.checkpoints import Checkpoint
 
 DESCRIPTION = """\
 Quantize a checkpoint's linear layers to 4 bits by a recipe, and write them as one pack.
@@ -101,29 +106,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--activation completes --from-published; a recipe says its own")
     import torch
 
-    from omega_qvla.calibration.collect import Calibration
     from omega_qvla.cli.checkpoints import open_checkpoint
-    from omega_qvla.cli.sources import given_observations
     from omega_qvla.config.presets import resolve_recipe
-    from omega_qvla.numerics.quantize_layer import needs_stats
     from omega_qvla.policies.weights import open_policy
-    from omega_qvla.quantize import BuildReport, plan, quantize_policy
+    from omega_qvla.quantize import BuildReport, quantize_policy
 
     sides = SIDES if args.side == "both" else (args.side,)
     recipe = override(adjust(resolve_recipe(args.recipe), args, sides), args, sides)
     options = loading(args)
     outline = open_checkpoint(args.checkpoint, **options)
-    # Refuse early, before anything large is read.
-    jobs = plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)
-    if args.calibration and (args.observations or args.dataset or args.env) and not args.cascade:
-        raise ConfigError("--calibration already holds its observations; give one of them")
-    calibration = Calibration.load(args.calibration) if args.calibration else None
-    samples = given_observations(args, outline, console)
-    if samples is None and calibration is None and any(needs_stats(job.scheme) for job in jobs):
-        raise ConfigError(
-            f"recipe {recipe.name!r} needs calibration: give --observations PATH, --dataset DIR, "
-            "--env metaworld or --calibration FILE (rtn needs none)"
-        )
+    samples, calibration = _seen(args, outline, recipe, console)
     policy, weights = open_policy(
         outline.path, device=args.device, dtype=getattr(torch, args.dtype), **options
     )
@@ -150,6 +142,33 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.text()
     console.result({**sizes, "build": show_report(reports[0], console)})
     return 0
+
+
+def _seen(
+    args: argparse.Namespace, outline: Checkpoint, recipe: Recipe, console: Console
+) -> tuple[ObservationSet | None, Calibration | None]:
+    """What the build calibrates on; whatever can be refused is, before anything large is read.
+
+    Raises:
+        ConfigError: neither where the recipe needs one, or both. RecipeError: it fits no layer.
+        CalibrationError, ObservationError: unreadable, or not the policy's.
+    """
+    from omega_qvla.calibration.collect import Calibration
+    from omega_qvla.cli.sources import given_observations
+    from omega_qvla.numerics.quantize_layer import needs_stats
+    from omega_qvla.quantize import plan
+
+    jobs = plan(outline.policy, recipe, args.num_steps or outline.policy.num_steps)
+    if args.calibration and (args.observations or args.dataset or args.env) and not args.cascade:
+        raise ConfigError("--calibration already holds its observations; give one of them")
+    calibration = Calibration.load(args.calibration) if args.calibration else None
+    samples = given_observations(args, outline, console)
+    if samples is None and calibration is None and any(needs_stats(job.scheme) for job in jobs):
+        raise ConfigError(
+            f"recipe {recipe.name!r} needs calibration: give --observations PATH, --dataset DIR, "
+            "--env metaworld or --calibration FILE (rtn needs none)"
+        )
+    return samples, calibration
 
 
 def adjust(recipe: Recipe, args: argparse.Namespace, sides: tuple[str, ...]) -> Recipe:

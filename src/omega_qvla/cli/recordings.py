@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omega_qvla.calibration.samples import ObservationSet, read_observations
@@ -32,6 +33,8 @@ def open_recordings(args: argparse.Namespace, policy: Policy) -> Source | None:
         ConfigError: options that do not go together.
         CalibrationError: unreadable, or without a camera of the policy.
     """
+    if args.observations and args.dataset:
+        raise ConfigError("give one of --observations and --dataset, not both")
     given = unique(args.camera, "camera")
     keys = args.state_key or [DEFAULT_STATE_KEY]
     state = tuple(StateColumns.parse(key) for key in keys)
@@ -77,7 +80,7 @@ def draw_checked(
     return samples
 
 
-def check_unseen(label: str, pack: str, samples: ObservationSet) -> None:
+def check_unseen(label: str, pack: str | Path, samples: ObservationSet) -> None:
     """Raise EvaluationError if the pack was calibrated on an episode of the held-out samples."""
     calibration = read_manifest(pack).calibration
     held = {(meta.task, meta.episode) for meta in samples.meta}

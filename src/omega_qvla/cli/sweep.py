@@ -19,6 +19,7 @@ from omega_qvla.cli.recordings import held_out_of, open_recordings
 from omega_qvla.cli.sources import CALIBRATION_SEED, HELD_OUT_SEED, check_options, from_simulator
 from omega_qvla.errors import CalibrationError, ConfigError
 from omega_qvla.evaluation.open_loop import chunk_drift, predict_chunks
+from omega_qvla.evaluation.summary import drift_numbers
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.policies.registry import load_policy
 from omega_qvla.quantize import Progress, quantize_policy
@@ -39,6 +40,7 @@ def run_sweep(
     The sets are nested, and all are measured on the same held-out observations and noise.
     """
     check_options(args)
+    _check_steps(args, outline, recipes)
     sets, held = sweep_sets(args, outline, console)
     outline.policy.prepare(held.observations[:1])
     seeds = drift_seeds(held)
@@ -48,17 +50,16 @@ def run_sweep(
     rows = []
     for recipe in recipes:
         for samples in sets:
-            chunks, backend = _quantized_chunks(args, policy, recipe, samples, held, console)
+            chunks, backend = _quantized_chunks(
+                args, outline.path, policy, recipe, samples, held, console
+            )
             drift = chunk_drift(expected, chunks)
             rows.append(
                 {
                     "recipe": recipe.name,
                     "samples": len(samples),
                     "episodes": len({(m.task, m.episode) for m in samples.meta}),
-                    "cosine": drift.cosine(),
-                    "relative_error": drift.relative_error,
-                    "worst_channel": drift.worst_channel,
-                    "worst_channel_nmse": drift.channel_nmse[drift.worst_channel],
+                    **drift_numbers(drift),
                     "backend": backend,
                 }
             )
@@ -74,6 +75,21 @@ def run_sweep(
         }
     )
     return 0
+
+
+def _check_steps(args: argparse.Namespace, outline: Checkpoint, recipes: Sequence[Recipe]) -> None:
+    """Raise ConfigError where a pack would not run at the steps that drift is measured at."""
+    steps = outline.policy.num_steps
+    if args.num_steps in (None, steps):
+        return
+    for recipe in recipes:
+        sides = [side for side in (recipe.backbone, recipe.action_head) if side is not None]
+        schemes = [scheme for side in sides for scheme in side.schemes]
+        if any(scheme.activation.static for scheme in schemes):
+            raise ConfigError(
+                f"--num-steps {args.num_steps}: recipe {recipe.name!r} has static scales for that "
+                f"many steps, and drift is measured at the checkpoint's {steps}; leave it out"
+            )
 
 
 def sweep_sets(
@@ -125,6 +141,7 @@ def _nested(args: argparse.Namespace, source: Source, among: Sequence[int]) -> l
 
 def _quantized_chunks(
     args: argparse.Namespace,
+    checkpoint: Path,
     policy: Policy,
     recipe: Recipe,
     samples: ObservationSet,
@@ -150,7 +167,7 @@ def _quantized_chunks(
                 progress=show,
                 sides=[s for s in ("backbone", "action_head") if recipe.side(s) is not None],
             )
-        quantized = load_policy(args.checkpoint, device=args.device, **loading(args))
+        quantized = load_policy(checkpoint, device=args.device, **loading(args))
         report = apply_pack(quantized, out, args.backend)
         chunks = predict_chunks(quantized, held.observations, drift_seeds(held))
     return chunks, report.backend
@@ -168,10 +185,15 @@ def _show(rows: Sequence[dict[str, Any]], held: ObservationSet, console: Console
                 row["episodes"],
                 f"{row['cosine']['median']:.5f}",
                 f"{row['cosine']['min']:.5f}",
-                f"{row['relative_error']:.4f}",
-                f"{row['worst_channel']}: {row['worst_channel_nmse']:.4f}",
+                _shown(row["relative_error"]),
+                f"{row['worst_channel']['index']}: {_shown(row['worst_channel']['nmse'])}",
             )
             for row in rows
         ],
         title=f"Drift on {len(held)} observations of {episodes} held-out episodes",
     )  # fmt: skip
+
+
+def _shown(value: float | None) -> str:
+    """A number, or that there is none: of a channel that full precision never moves."""
+    return "inf" if value is None else f"{value:.4f}"

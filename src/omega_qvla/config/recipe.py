@@ -315,6 +315,11 @@ class SideRecipe:
                 except re.error as error:
                     raise RecipeError(f"bad regular expression {pattern!r}: {error}") from error
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that a layer may get."""
+        return (self.scheme, *(scheme for _, scheme in self.overrides))
+
     def scheme_for(self, name: str) -> Scheme:
         """The scheme of the layer called `name`."""
         for regex, scheme in self.overrides:

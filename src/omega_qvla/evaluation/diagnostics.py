@@ -116,17 +116,21 @@ def clip_rate(x: Tensor, layer: QuantizedLayer, step: int = ONCE) -> float:
     activation = layer.scheme.activation
     if activation.kind == "none":
         return 0.0
-    scale = _scales(x, layer, step)
+    steps = x / _scales(x, layer, step)
     low, high = qrange(activation.bits)
-    beyond = (x < (low - 0.5) * scale) | (x > (high + 0.5) * scale)
+    beyond = (steps < low - 0.5) | (steps > high + 0.5)
     return float(beyond.double().mean())
 
 
 def _scales(x: Tensor, layer: QuantizedLayer, step: int) -> Tensor:
     """The scale of every entry of transformed inputs x [n, in], as far as it broadcasts."""
     from omega_qvla.kernels.registry import table_row
-    from omega_qvla.numerics.activation import expand_static
-    from omega_qvla.numerics.qparams import expand_groups, qrange
+    from omega_qvla.numerics.activation import (
+        expand_static,
+        quantize_per_token,
+        quantize_per_token_group,
+    )
+    from omega_qvla.numerics.qparams import expand_groups
 
     activation, width = layer.scheme.activation, layer.in_features
     if activation.static:
@@ -134,9 +138,11 @@ def _scales(x: Tensor, layer: QuantizedLayer, step: int) -> Tensor:
         running = None if step == ONCE else Step(step, layer.num_steps or step + 1)
         row = layer.act_scale[table_row(layer, running)]
         return expand_static(row, width, activation.kind, activation.group)
-    group = activation.group if activation.kind == "per_token_group" else width
-    peaks = torch.stack([part.abs().amax(1) for part in torch.split(x, group, dim=1)], dim=1)
-    return expand_groups(peaks * (activation.clip / qrange(activation.bits)[1]), width, group)
+    bits, group, clip = activation.bits, activation.group, activation.clip
+    if activation.kind == "per_token":
+        return quantize_per_token(x, bits, clip, activation.signed)[1]
+    scale = quantize_per_token_group(x, bits, group, clip, activation.signed)[1]
+    return expand_groups(scale, width, group)
 
 
 def worst_layers(errors: Mapping[str, Mapping[int, float]], count: int = 1) -> list[str]:

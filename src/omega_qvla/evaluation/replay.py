@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +56,9 @@ def replay(
 ) -> dict[tuple[ArmKey, Episode], Trace]:
     """Traces with frames of episodes of a results file, kept in `folder`.
 
+    What lies there already is taken if it is of the same arm under the same settings, drawn
+    alike; an arm of the same name in another results file has traces of its own.
+
     Raises:
         EvaluationError: an episode did not go as recorded; or see `recorded_plan`.
     """
@@ -63,20 +69,37 @@ def replay(
     drawn = replace(plan.protocol, frame_size=frame_size, frame_every=frame_every)
     plan = replace(plan, protocol=drawn)
     arms = {arm.key: arm for arm in plan.arms}
+    places = {
+        (key, episode): folder / _origin(header, key, drawn) / trace_name(key, episode)
+        for key, episode in wanted
+    }
     jobs = [
-        Job(arms[key], episode, folder / trace_name(key, episode))
-        for key, episode in sorted(wanted)
-        if not (folder / trace_name(key, episode)).exists()
+        Job(arms[key], episode, _unproved(place))
+        for (key, episode), place in sorted(places.items())
+        if not place.exists()
     ]
     with contextlib.closing(executor.play(plan, jobs)) as played:
         for record in played:
-            recorded = known[record.key, record.episode]
+            which = record.key, record.episode
+            recorded, place = known[which], places[which]
             if record.outcome() != recorded.outcome():
-                (folder / trace_name(record.key, record.episode)).unlink()
+                _unproved(place).unlink()
                 raise EvaluationError(
                     f"{record.key} on {record.task}, seed {record.seed}, did not go as recorded: "
                     f"{record.steps} steps, success {record.success}, against {recorded.steps} and "
                     f"{recorded.success}. The policy or the simulator does not repeat itself on "
                     "this machine"
                 )
-    return {(k, e): Trace.load(folder / trace_name(k, e)) for k, e in wanted}
+            os.replace(_unproved(place), place)
+    return {which: Trace.load(place) for which, place in places.items()}
+
+
+def _origin(header: Mapping[str, Any], key: ArmKey, drawn: Protocol) -> str:
+    """What a trace depends on besides its episode, as a folder's name."""
+    facts = [header["settings"], header["arms"][str(key)], drawn.frame_size, drawn.frame_every]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _unproved(place: Path) -> Path:
+    """Where a trace lies until its episode is known to have gone as recorded."""
+    return place.with_name(f".{place.name}")

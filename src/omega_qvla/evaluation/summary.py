@@ -133,20 +133,26 @@ def compare_arms(
     }
 
 
-def _drift(drift: Drift | None, is_reference: bool) -> dict[str, Any]:
-    if drift is None:
-        one = 1.0 if is_reference else None
-        return {
-            "cosine": {"mean": one, "median": one, "min": one} if is_reference else None,
-            "worst_channel": None,
-            "relative_error": 0.0 if is_reference else None,
-        }
+def drift_numbers(drift: Drift) -> dict[str, Any]:
+    """`cosine`, `worst_channel` {index, nmse} and `relative_error`, JSON-ready: None for what is
+    infinite (an error where full precision has no movement)."""
     nmse = drift.channel_nmse[drift.worst_channel]
     return {
         "cosine": drift.cosine(),
         "worst_channel": {
             "index": drift.worst_channel,
-            "nmse": nmse if math.isfinite(nmse) else None,  # JSON has no infinity
+            "nmse": nmse if math.isfinite(nmse) else None,
         },
         "relative_error": drift.relative_error if math.isfinite(drift.relative_error) else None,
+    }
+
+
+def _drift(drift: Drift | None, is_reference: bool) -> dict[str, Any]:
+    if drift is not None:
+        return drift_numbers(drift)
+    one = {"mean": 1.0, "median": 1.0, "min": 1.0}
+    return {
+        "cosine": one if is_reference else None,
+        "worst_channel": None,
+        "relative_error": 0.0 if is_reference else None,
     }

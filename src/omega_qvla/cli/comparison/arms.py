@@ -11,6 +11,7 @@ from omega_qvla.config.ablations import ABLATIONS
 from omega_qvla.config.presets import PRESETS, resolve_recipe
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError
+from omega_qvla.evaluation.records import REFERENCE
 
 #: The word behind `@` for a build whose action head is calibrated under its backbone.
 CASCADE = "cascade"
@@ -53,15 +54,17 @@ def parse_arm(text: str) -> ArmSpec:
 
     Raises:
         RecipeError: no such recipe.
-        ConfigError: something else behind an `@`.
+        ConfigError: something else behind an `@`, or a name that no file can have.
     """
     name, *options = text.split("@")
     recipe = resolve_recipe(name)
     samples, cascade = None, False
     for option in options:
+        if options.count(option) > 1 or (samples is not None and option != CASCADE):
+            raise ConfigError(f"{text!r} says twice how it is calibrated; say it once")
         if option == CASCADE:
             cascade = True
-        elif option.isdigit() and int(option) > 0:
+        elif option.isdecimal() and int(option) > 0:
             samples = int(option)
         else:
             raise ConfigError(
@@ -69,6 +72,11 @@ def parse_arm(text: str) -> ArmSpec:
                 f"{CASCADE!r}; write RECIPE, RECIPE@10, RECIPE@{CASCADE}"
             )
     label = text if name in PRESETS or name in ABLATIONS else "@".join([recipe.name, *options])
+    if label == REFERENCE or "/" in label or label.startswith("."):
+        raise ConfigError(
+            f"{text!r} is called {label!r}, and results and packs are named after it: a name "
+            f"without slashes, that starts with no dot and is not {REFERENCE!r}"
+        )
     return ArmSpec(label, recipe, samples, cascade)
 
 

@@ -103,7 +103,7 @@ class Builder:
         if arm.name not in self.cell.plan.merged:
             build(out, SIDES)
             return
-        parts = [self.cell.folder / f"{arm.name}-{side}.safetensors" for side in SIDES]
+        parts = self.cell.plan.parts(self.cell.name, self.cell.variant, arm.name)
         for side, part in zip(SIDES, parts, strict=True):
             if not part.exists():
                 build(part, (side,))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +22,7 @@ from omega_qvla.evaluation.open_loop import Drift, chunk_cosines, chunk_drift, p
 from omega_qvla.evaluation.records import ArmKey
 from omega_qvla.files import atomic_file
 from omega_qvla.pack.apply import apply_pack
+from omega_qvla.pack.files import why_not_written
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.registry import load_policy
 
@@ -178,12 +181,25 @@ def file_sha256(path: Path) -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Write one line in one system call (several processes share the file) and sync it."""
+    """Write one line and sync it; several processes share the file.
+
+    Raises:
+        EvaluationError: the disk did not take all of it; then nothing of it is left there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = f"{line}\n".encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, f"{line}\n".encode())
+        fcntl.flock(handle, fcntl.LOCK_EX)  # or a part taken back could be of another's line
+        before = os.fstat(handle).st_size
+        if os.write(handle, data) != len(data):
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(handle)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot take another record: {why_not_written(error)}"
+        ) from error
     finally:
         os.close(handle)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omega_qvla.cli.comparison.drift import file_sha256
 from omega_qvla.cli.comparison.observations import load_observations
 from omega_qvla.cli.measure import drift_seeds
 from omega_qvla.evaluation.diagnostics import (
@@ -19,6 +20,7 @@ from omega_qvla.evaluation.diagnostics import (
     worst_layers,
 )
 from omega_qvla.evaluation.layer_drift import LayerDrift, layer_drift
+from omega_qvla.evaluation.records import ArmKey
 from omega_qvla.files import atomic_file
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.pack.reader import read_pack
@@ -26,16 +28,22 @@ from omega_qvla.policies.registry import load_policy
 
 if TYPE_CHECKING:
     from omega_qvla.cli.comparison.cells import Cell, Say
+    from omega_qvla.cli.comparison.drift import DriftRecord
+    from omega_qvla.cli.comparison.plan import Comparison
     from omega_qvla.policies.base import Policy
 
 
 @dataclasses.dataclass(frozen=True)
 class CellLayers:
-    """layers: arm -> drift per layer and step; diagnostics: the layers that the first arm hurts
-    most, one per side, under the change of basis of the arm that is shown."""
+    """layers: arm -> drift per layer and step; diagnostics: the layers that the arm `hurt` hurts
+    most, one per side, under the change of basis of the arm `shown`. packs: arm -> sha256 of
+    the pack that was run."""
 
     layers: Mapping[str, LayerDrift]
     diagnostics: tuple[LayerDiagnostics, ...]
+    packs: Mapping[str, str]
+    hurt: str
+    shown: str
 
 
 def layers_file(folder: Path) -> Path:
@@ -43,28 +51,47 @@ def layers_file(folder: Path) -> Path:
     return folder / "layers.json"
 
 
+def layers_measured(
+    plan: Comparison, name: str, variant: str, drift: Mapping[ArmKey, DriftRecord]
+) -> CellLayers | None:
+    """The part of a cell's file that is still true; None if the file is to be made (again).
+
+    An arm may have joined since, or been built anew; another one may be shown.
+    """
+    found = read_layers(plan.folder(name, variant))
+    if found is None or (found.hurt, found.shown) != (plan.arms[0].name, plan.shown):
+        return None
+    for arm in plan.arms:
+        record = drift.get(ArmKey(name, variant, arm.name))
+        if record is None or found.packs.get(arm.name) != record.pack:
+            return None
+    return found
+
+
 def measure_layers(cell: Cell, policy: Policy, say: Say) -> None:
-    """Write the cell's file, unless it is there."""
+    """Write the cell's file."""
     plan = cell.plan
     samples = load_observations(plan, "held-out")
     # Every n-th: they are ordered by task and episode, and all tasks shall be among them.
     few = slice(None, None, max(1, len(samples) // plan.layer_samples))
     observations, seeds = list(samples.observations)[few], drift_seeds(samples)[few]
-    layers = {}
+    layers, packs = {}, {}
     for arm in plan.arms:
         say(f"{cell}: drift of {arm.name} by layer, {len(observations)} observations")
         pack = read_pack(cell.pack(arm.name))
+        packs[arm.name] = file_sha256(cell.pack(arm.name))
         quantized: Policy = load_policy(cell.checkpoint, device=plan.device)
         apply_pack(quantized, pack, plan.backend)
         layers[arm.name] = layer_drift(policy, quantized, observations, seeds, list(pack.layers))
     shown = read_pack(cell.pack(plan.shown)).layers
-    chosen = {}
+    chosen, hurt = {}, plan.arms[0].name
     for side in ("backbone", "action_head"):
-        local = layers[plan.arms[0].name].local
+        local = layers[hurt].local
         errors = {n: e for n, e in local.items() if n in shown and shown[n].side == side}
         chosen.update({name: shown[name] for name in worst_layers(errors)})
     diagnostics = diagnose_layers(policy, observations, chosen, seeds=seeds)
-    _write(layers_file(cell.folder), CellLayers(layers, diagnostics))
+    found = CellLayers(layers, diagnostics, packs, hurt, plan.shown)
+    _write(layers_file(cell.folder), found)
 
 
 def _write(path: Path, measured: CellLayers) -> None:
@@ -76,15 +103,22 @@ def _write(path: Path, measured: CellLayers) -> None:
         stream.write(json.dumps(plain).encode())
 
 
-def read_layers(folder: Path) -> CellLayers:
-    """What `measure_layers` wrote."""
+def read_layers(folder: Path) -> CellLayers | None:
+    """What `measure_layers` wrote; None where it wrote nothing, or before it named its packs."""
+    if not layers_file(folder).exists():
+        return None
     plain = json.loads(layers_file(folder).read_text(encoding="utf-8"))
+    if "packs" not in plain:
+        return None
     return CellLayers(
         layers={
             arm: LayerDrift(_errors(d["local"]), _errors(d["accumulated"]), d["num_steps"])
             for arm, d in plain["layers"].items()
         },
         diagnostics=tuple(_diagnostics(d) for d in plain["diagnostics"]),
+        packs=plain["packs"],
+        hurt=plain["hurt"],
+        shown=plain["shown"],
     )
 
 

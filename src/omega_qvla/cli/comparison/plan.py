@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omega_qvla.cli.comparison.arms import ArmSpec
+from omega_qvla.cli.parsing import SIDES
 from omega_qvla.cli.sources import EXPERT
 from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
-from omega_qvla.evaluation.records import Protocol
+from omega_qvla.evaluation.policies import file_digest, tree_digest
+from omega_qvla.evaluation.records import REFERENCE, Protocol
 from omega_qvla.files import atomic_file
 from omega_qvla.quantize import software
 
@@ -99,13 +100,16 @@ class Comparison:
         """The pack of an arm."""
         return self.folder(name, variant) / f"{arm}.safetensors"
 
+    def parts(self, name: str, variant: str, arm: str) -> tuple[Path, ...]:
+        """The packs that an arm is merged from, by side, where it is `merged`."""
+        folder = self.folder(name, variant)
+        return tuple(folder / f"{arm}-{side}.safetensors" for side in SIDES)
+
     def settings(self) -> dict[str, Any]:
         """What the files in `out` depend on; more episodes or workers change none of them."""
         return {
             "software": software(),
-            "checkpoints": {
-                name: _sha256(path / "model.safetensors") for name, path in self.checkpoints.items()
-            },
+            "checkpoints": {name: _weights_digest(path) for name, path in self.checkpoints.items()},
             "arms": {arm.name: arm.settings() for arm in self.arms},
             "tasks": list(self.tasks),
             "samples": [self.collect_episodes, self.num_samples, self.held_out],
@@ -125,14 +129,42 @@ class Comparison:
         Raises:
             ConfigError: it holds files of another one; what differs is named.
         """
-        file, mine = self.out / "settings.json", self.settings()
-        if file.exists():
-            mine = _joined(self.out, json.loads(file.read_text(encoding="utf-8")), mine)
-        with atomic_file(file, parents=True) as stream:
-            stream.write((json.dumps(mine, indent=1) + "\n").encode())
+        self._write(_joined(self.out, self._known(), self.settings()))
+
+    def forget(self, arms: Collection[str]) -> None:
+        """Take arms out of what `out` is bound to.
+
+        Raises:
+            ConfigError: it holds files of another comparison, or there is no such arm.
+        """
+        known = self._known()
+        there = {REFERENCE, *known.get("arms", {}), *(arm.name for arm in self.arms)}
+        unknown = sorted(set(arms) - there)
+        if unknown:
+            raise ConfigError(
+                f"there is no arm {', '.join(unknown)} in {self.out}; there are "
+                f"{', '.join(sorted(there))}"
+            )
+        if known:
+            left = {name: v for name, v in known.get("arms", {}).items() if name not in arms}
+            known["arms"] = left
+            _joined(self.out, known, self.settings())
+            self._write(known)
+
+    def _known(self) -> dict[str, Any]:
+        """The settings that `out` is bound to, empty where it is to none."""
+        file = self.out / "settings.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+    def _write(self, settings: Mapping[str, Any]) -> None:
+        with atomic_file(self.out / "settings.json", parents=True) as stream:
+            stream.write((json.dumps(settings, indent=1) + "\n").encode())
 
 
 def _joined(out: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """The settings of both. Raises ConfigError where they differ."""
+    if not theirs:
+        return mine
     differing = sorted(
         key
         for key in {*mine, *theirs} - {*_GROWING}
@@ -163,6 +195,7 @@ def _completed(value: Any) -> Any:
         return value
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _weights_digest(checkpoint: Path) -> str:
+    """Of the file of weights; of a checkpoint in several files, of all its files."""
+    single = checkpoint / "model.safetensors"
+    return file_digest(single, {}) if single.is_file() else tree_digest(checkpoint, {})

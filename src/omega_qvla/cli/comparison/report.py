@@ -7,12 +7,14 @@ from pathlib import Path
 
 from omega_qvla.cli.checkpoints import open_checkpoint
 from omega_qvla.cli.comparison.arms import describe
-from omega_qvla.cli.comparison.layers import CellLayers, layers_file, read_layers
+from omega_qvla.cli.comparison.layers import CellLayers, layers_measured
 from omega_qvla.cli.comparison.loop import recorded, traces
+from omega_qvla.cli.comparison.observations import load_observations, observation_file
 from omega_qvla.cli.comparison.plan import OUTLIERS, PLAIN, Comparison
 from omega_qvla.cli.comparison.run import Results
 from omega_qvla.cli.comparison.table import FAMILY_NAMES
 from omega_qvla.cli.formats import count
+from omega_qvla.cli.sources import EXPERT
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, Episode
 from omega_qvla.evaluation.report import (
@@ -41,9 +43,9 @@ def make_report(
     """
     own = {REFERENCE: "the checkpoint as it is", **{a.name: describe(a) for a in plan.arms}}
     layers = {
-        cell: read_layers(plan.folder(*cell))
+        cell: found
         for cell in plan.cells
-        if plan.layer_samples and layers_file(plan.folder(*cell)).exists()
+        if plan.layer_samples and (found := layers_measured(plan, *cell, results.drift))
     }
     data = ReportData(
         summary=results.summary,
@@ -99,6 +101,24 @@ def _episodes(plan: Comparison, results: Results) -> list[PairedEpisode]:
     return found
 
 
+def _calibrated(plan: Comparison) -> str:
+    """How many observations the arms are calibrated on that do not say so themselves."""
+    file = observation_file(plan, "calibration")
+    if not file.exists():  # the tables of a run whose work was left elsewhere
+        return f"at most {plan.num_samples}"
+    return str(min(plan.num_samples, len(load_observations(plan, "calibration"))))
+
+
+def _held_out(plan: Comparison, results: Results) -> int:
+    """How many observations drift was measured on; episodes may have held fewer than asked for."""
+    counts = [record.drift.count // plan.draws for record in results.drift.values()]
+    return counts[0] if counts else plan.held_out
+
+
+def _recorded_by(plan: Comparison) -> str:
+    return "of scripted experts" if plan.collector == EXPERT else f"({plan.collector})"
+
+
 def _notes(plan: Comparison, results: Results) -> tuple[str, ...]:
     protocol = plan.protocol
     backends = {f"{record.arm}: {record.backend}" for record in results.drift.values()}
@@ -116,8 +136,8 @@ def _notes(plan: Comparison, results: Results) -> tuple[str, ...]:
         "Checkpoints: "
         + ", ".join(f"{name}, {count(total)} parameters" for name, total in totals.items())
         + ".",
-        f"Calibration on {plan.num_samples} observations, drift on {plan.held_out} others{draws}, "
-        "from different episodes of scripted experts.",
+        f"Calibration on {_calibrated(plan)} observations, drift on {_held_out(plan, results)} "
+        f"others{draws}, from different episodes {_recorded_by(plan)}.",
         *(f"Checkpoint variant {name!r}: {variants[name]}." for name in plan.variants),
         f"Backends of the quantized layers: {', '.join(sorted(backends))}.",
     ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import queue
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -22,7 +22,7 @@ from omega_qvla.cli.comparison.drift import (
     read_drift,
     sizes,
 )
-from omega_qvla.cli.comparison.layers import layers_file, measure_layers
+from omega_qvla.cli.comparison.layers import layers_measured, measure_layers
 from omega_qvla.cli.comparison.loop import forget_episodes, play, results_file, unplayed
 from omega_qvla.cli.comparison.observations import collect_observations
 from omega_qvla.cli.comparison.plan import Comparison
@@ -30,7 +30,6 @@ from omega_qvla.cli.console import Console
 from omega_qvla.cli.processes import CONTEXT, process_pool
 from omega_qvla.evaluation.records import REFERENCE, ArmKey, EpisodeRecord
 from omega_qvla.evaluation.summary import Summary, add_drift, summarise
-from omega_qvla.files import atomic_file
 
 
 @dataclass
@@ -101,19 +100,21 @@ def summarise_records(
 
 
 def redo(plan: Comparison, names: Iterable[str]) -> None:
-    """Forget what was measured of some arms, and their packs."""
+    """Forget what was measured of some arms, and their packs, finished or not.
+
+    Raises:
+        ConfigError: `plan.out` holds the files of another comparison, or no such arm; then
+            nothing is forgotten.
+    """
     dropped = list(names)
+    plan.forget(dropped)
     mend_drift_file(drift_file(plan), dropped)
     forget_episodes(results_file(plan), dropped)
-    settings = plan.out / "settings.json"
-    if settings.exists():
-        known = json.loads(settings.read_text(encoding="utf-8"))
-        known["arms"] = {n: v for n, v in known.get("arms", {}).items() if n not in dropped}
-        with atomic_file(settings, parents=True) as stream:
-            stream.write((json.dumps(known, indent=1) + "\n").encode())
     for cell in plan.cells:
         for name in dropped:
-            plan.pack(*cell, name).unlink(missing_ok=True)
+            for pack in (plan.pack(*cell, name), *plan.parts(*cell, name)):
+                pack.unlink(missing_ok=True)
+                shutil.rmtree(pack.with_name(f"{pack.name}.partial"), ignore_errors=True)
 
 
 def work_left(plan: Comparison) -> list[Cell]:
@@ -124,7 +125,7 @@ def work_left(plan: Comparison) -> list[Cell]:
         for cell in plan.cells
         if any(ArmKey(*cell, arm.name) not in measured for arm in plan.arms)
         or any(key[:2] == cell for key in missing)
-        or (plan.layer_samples and not layers_file(plan.folder(*cell)).exists())
+        or (plan.layer_samples and not layers_measured(plan, *cell, measured))
     ]
 
 
@@ -134,7 +135,9 @@ def work_on(cell: Cell, said: Any) -> None:
     builder = Builder(cell, say)
     measured = read_drift(drift_file(plan))
     played = {key.arm for key in unplayed(plan) if key[:2] == (cell.name, cell.variant)}
-    with_layers = plan.layer_samples and not layers_file(cell.folder).exists()
+    with_layers = plan.layer_samples and not layers_measured(
+        plan, cell.name, cell.variant, measured
+    )
     meter, parent = None, parent_process()
     for arm in plan.arms:
         if parent is not None and not parent.is_alive():

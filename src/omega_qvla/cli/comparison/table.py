@@ -89,14 +89,13 @@ def _success_row(arm: str, values: Values) -> list[str]:
 
 def markdown(plan: Comparison, results: Results) -> str:
     """The whole comparison: drift of all arms, then the closed loop of every cell."""
-    first = next(iter(results.drift.values()), None)
+    chunks = next((record.drift.count for record in results.drift.values()), 0)
     parts = [
         f"`{plan.command}`\n",
         "## Drift\n",
         f"1 - cosine with full precision's action chunk, in thousandths: median / worst hundredth "
-        f"/ worst of {first.drift.count if first else 0} chunks ({plan.held_out} held-out "
-        f"observations, {plan.draws} noise seed(s) each). Bytes of the quantized layers, percent "
-        "of 16 bit, largest cell.\n",
+        f"/ worst of {chunks} chunks ({chunks // plan.draws} held-out observations, {plan.draws} "
+        "noise seed(s) each). Bytes of the quantized layers, percent of 16 bit, largest cell.\n",
         _unmeasured(plan, results),
         table_text(*drift_table(plan, results)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from omega_qvla.cli.comparison.plan import OUTLIERS, PLAIN, Comparison
 from omega_qvla.cli.sources import check_tasks
 from omega_qvla.errors import CheckpointError, ConfigError
 
+#: Of the bundled policies, in the order of the tables.
+FAMILIES = ("pi05", "groot_n15")
 #: The quantized arms, in the order of the tables.
 ARMS = ("rtn", "omega-paper", "omega")
 #: Per task and arm: so many that the whole demo takes some five minutes on two cores.
@@ -51,8 +54,7 @@ def plan_from_arguments(args: argparse.Namespace) -> Comparison:
         "episodes": episodes,
         "workers": args.workers,
         "env_options": options,
-        "command": f"omega-qvla demo{' --quick' * args.quick} --episodes {episodes} "
-        f"--out {args.out}",
+        "command": _command(args, episodes),
     }
     if not args.quick:
         return demo_plan(tasks=tasks, **common)
@@ -64,6 +66,18 @@ def plan_from_arguments(args: argparse.Namespace) -> Comparison:
         layer_samples=4,
         **common,
     )
+
+
+def _command(args: argparse.Namespace, episodes: int) -> str:
+    """What a user types to have the same again: whatever decides about the numbers."""
+    words = ["omega-qvla", "demo", *(["--quick"] * args.quick), "--episodes", str(episodes)]
+    if args.tasks:
+        words += ["--tasks", *args.tasks]
+    if args.families != list(FAMILIES):
+        words += ["--families", *args.families]
+    if args.assets is not None:
+        words += ["--assets", str(args.assets)]
+    return shlex.join([*words, "--out", str(args.out)])
 
 
 def find_checkpoints(assets: Path | None, families: list[str]) -> dict[str, Path]:
