@@ -65,6 +65,7 @@ def test_gates(width: int) -> None:
     joint[0, 1] = 40.0
     joint[0, 2] = -40.0
     gate, up = joint.chunk(2, dim=-1)
+    assert rows.gated("silu", gate[0, 0]).shape == (width,)  # type: ignore[union-attr]
     for kind, function in (("gelu", lambda v: gelu(v, approximate="tanh")), ("silu", silu)):
         both = rows.gated(kind, gate, up)  # type: ignore[arg-type]
         assert both is not None
@@ -200,3 +201,4 @@ def test_rows_that_the_batch_cannot_share_are_left_to_torch() -> None:
     assert rows.rms_norm(x, 1e-6, torch.ones(2, 8), torch.ones(3, 8)) is None
     assert rows.rms_norm(x, 1e-6, torch.ones(8, 2).T) is None
     assert rows.rms_norm(x[:0], 1e-6, torch.ones(8)) is None
+    assert rows.rms_norm(x[0, 0], 1e-6, torch.ones(8)) is None

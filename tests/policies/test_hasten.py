@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -239,3 +243,103 @@ class _Recording:
     def encode(self, text: str, add_special_tokens: bool = True) -> Any:
         self._asked.append(text)
         return self._inner.encode(text, add_special_tokens=add_special_tokens)
+
+
+@native
+def test_one_embodiment_has_its_own_small_product() -> None:
+    head, plain = (TINY["groot_n15"]().module.action_head for _ in range(2))
+    hastening.hasten_module(head)
+    kinds = head.config.max_num_embodiments
+    with torch.no_grad():
+        x = torch.randn(2, 4, head.config.action_dim, generator=torch.Generator().manual_seed(0))
+        tau = torch.randn(1, head.model.width, generator=torch.Generator().manual_seed(1))
+        for kind in range(kinds):
+            ids = torch.tensor([kind])
+            mine, others = (h.action_encoder.select(ids) for h in (head, plain))
+            assert all(w.small is not None for w in mine)
+            assert all(w.small is None for w in others)
+            again = head.action_encoder.select(ids)
+            assert all(a.small is b.small for a, b in zip(mine, again, strict=True))
+            found, expected = (
+                h.action_encoder.apply_selected(x, tau, w)
+                for h, w in ((head, mine), (plain, others))
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        mixed = head.action_encoder.select(torch.arange(kinds))
+        assert all(w.small is None for w in mixed)
+    assert all(w.small is None for w in head.action_encoder.select(torch.tensor([0])))  # gradients
+
+
+def test_kept_rotary_tables_are_the_computed_ones() -> None:
+    """Also for masked tokens in front and for more positions than before."""
+    model, plain = (TINY["pi05"]().module for _ in range(2))
+    model.fast = True
+    for length in (5, 9, 7):
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, 2], mask[1, :2] = False, False
+        found, expected = model.prefix_rope(mask), plain.prefix_rope(mask)
+        for a, b in zip(found, expected, strict=True):
+            assert a.is_contiguous() and a.shape == b.shape
+            torch.testing.assert_close(a[mask], b[mask], rtol=0, atol=1e-6)
+        kept = model._angles[model.config.vlm.head_dim]
+        assert kept.cos.shape[1] == {5: 5, 9: 9, 7: 9}[length]
+
+
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+long regions = 0;
+void GOMP_parallel(void (*fn)(void*), void* data, unsigned threads, unsigned flags) {
+  static void (*real)(void (*)(void*), void*, unsigned, unsigned);
+  if (!real) real = dlsym(RTLD_NEXT, "GOMP_parallel");
+  ++regions;
+  real(fn, data, threads, flags);
+}
+"""
+COUNT = """
+import ctypes, sys, torch
+from omega_qvla.evaluation.bench_arms import vision_of
+from omega_qvla.policies.hasten import hasten
+from omega_qvla.policies.observation import Observation
+from omega_qvla.policies.registry import load_policy
+import numpy as np
+torch.set_num_threads(2)
+regions = ctypes.c_long.in_dll(ctypes.CDLL(None), "regions")
+policy = load_policy(sys.argv[1])
+edge = vision_of(policy).config.image_size
+image, parts = np.zeros((edge, edge, 3), np.uint8), policy.processor
+width = getattr(parts, "state_dim", None) or parts.config.state_dim
+state = np.zeros(width, np.float32)
+seen = Observation({c: image for c in policy.cameras}, state, "open the drawer")
+def chunk():
+    before = regions.value
+    with torch.inference_mode():
+        inputs = policy.prepare([seen])
+        policy.sample(policy.encode(inputs), policy.draw_noise(1, 0))
+    return regions.value - before
+plain = (chunk(), chunk())[1]
+hasten(policy)
+print(plain, (chunk(), chunk())[1])
+"""
+
+
+@native
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["groot-n15-metaworld", "pi05-metaworld"])
+def test_a_chunk_of_the_demos_wakes_none_of_torchs_threads(name: str, tmp_path: Path) -> None:
+    """They stay awake for milliseconds afterwards, on the cores that the kernels' own need."""
+    if shutil.which("gcc") is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs gcc and glibc")
+    (tmp_path / "shim.c").write_text(SHIM)
+    library = tmp_path / "shim.so"
+    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "shim.c"), "-ldl"]
+    subprocess.run(build, check=True)
+    checkpoint = Path(__file__).resolve().parents[2] / "assets" / name
+    command = [sys.executable, "-c", COUNT, str(checkpoint)]
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    plain, hastened = map(int, run.stdout.split())
+    if plain == 0:
+        pytest.skip("this torch does not share work through GNU OpenMP")
+    assert hastened == 0

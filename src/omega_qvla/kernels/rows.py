@@ -72,6 +72,8 @@ def modulation_rows(width: int, *tensors: Tensor | None) -> int | None:
 
 def _row_stride(x: Tensor) -> int | None:
     """Floats from row to row of x [..., width] seen as a matrix; None: it cannot be seen so."""
+    if x.dim() < 2:
+        return x.shape[-1]
     stride, size = x.stride(-2), x.shape[-2]
     for dim in range(x.dim() - 3, -1, -1):
         if x.shape[dim] != 1 and size != 1 and x.stride(dim) != stride * size:
@@ -98,10 +100,14 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Tensor, eps: float, gain: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor,
+    eps: float,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    plus: float = 1.0,
 ) -> Tensor | None:
-    """(x - mean) / std * (1 + gain) + shift; arguments as for `rms_norm`."""
-    return _norm(x, eps, gain, shift, 1.0, center=True)
+    """(x - mean) / std * (plus + gain) + shift; arguments as for `rms_norm`."""
+    return _norm(x, eps, gain, shift, plus, center=True)
 
 
 def _norm(
@@ -112,7 +118,7 @@ def _norm(
         return None
     width = x.shape[-1]
     rows = modulation_rows(width, gain, shift)
-    if rows is None or x.numel() == 0 or (gain is None and shift is not None):
+    if rows is None or x.dim() < 2 or x.numel() == 0 or (gain is None and shift is not None):
         return None
     # [.., heads, width]: heads lie side by side in a token, tokens may be further apart.
     heads = x.dim() == 4 and x.stride(2) == width

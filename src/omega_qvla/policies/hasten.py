@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from omega_qvla.modules.dense import use_dense
+from omega_qvla.modules.norm import use_compiled_norms
 from omega_qvla.policies.base import Policy
 
 
@@ -29,6 +30,7 @@ def hasten_module(module: nn.Module) -> None:
     that are not quantized on the faster of torch's products.
     """
     use_dense(module)
+    use_compiled_norms(module)
     for part in module.modules():
         if hasattr(part, "fast"):
             setattr(part, "fast", True)  # noqa: B010 (a plain attribute, not a submodule)

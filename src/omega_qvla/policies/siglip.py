@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
@@ -83,11 +84,19 @@ class SiglipEmbeddings(nn.Module):
         weight = self.patch_embedding.weight
         pixels = pixel_values[..., : side * size, : side * size].to(weight.dtype)
         grid = pixels.reshape(len(pixels), 3, side, size, side, size)
-        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
-        tokens = None if self.packed is None else self.packed(patches)
+        tokens = None if self.packed is None else self._small(self.packed, grid)
         if tokens is None:
+            patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
             tokens = linear(patches, weight.flatten(1), self.patch_embedding.bias)
         return tokens + self.position_embedding.weight
+
+    @staticmethod
+    def _small(packed: PackedDense, grid: Tensor) -> Tensor | None:
+        """One image at a time: torch would share a larger copy among threads, which then stay
+        awake for milliseconds and keep the kernels' own waiting."""
+        tokens = [packed(image.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)) for image in grid]
+        known = [one for one in tokens if one is not None]
+        return torch.stack(known) if len(known) == len(tokens) else None
 
 
 class SiglipAttention(nn.Module):

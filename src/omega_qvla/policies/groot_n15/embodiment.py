@@ -13,34 +13,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, silu
 
+from omega_qvla.kernels.dense import PackedDense
+
 
 class CategoryWeights(NamedTuple):
-    """Selected weights [G, in, out] and biases [G, out]; G is 1 if the whole batch shares them."""
+    """Selected weights [G, in, out] and biases [G, out]; G is 1 if the whole batch shares them.
+
+    small: the same laid out for the product of small layers, where there is one.
+    """
 
     weight: Tensor
     bias: Tensor
+    small: PackedDense | None = None
 
 
 class CategoryLinear(nn.Module):
     """x @ W[e] + b[e], with W [categories, in, out]."""
 
+    fast = False
+
     def __init__(self, categories: int, source: int, target: int) -> None:
         super().__init__()
         self.W = nn.Parameter(0.02 * torch.randn(categories, source, target))
         self.b = nn.Parameter(torch.zeros(categories, target))
+        self._small: dict[tuple[int, int | None], PackedDense | None] = {}
 
-    def select(self, ids: Tensor) -> CategoryWeights:
-        """Weights of the embodiments `ids` [B], or [1] for one shared by the batch."""
+    def select(self, ids: Tensor, first: int | None = None) -> CategoryWeights:
+        """Weights of the embodiments `ids` [B], or [1] for one shared by the batch.
+
+        first: `small` is of the first inputs only, and without the bias.
+        """
+        compiling = torch.compiler.is_compiling()
         if self.W.shape[0] == 1:
-            return CategoryWeights(self.W, self.b)
-        if ids.numel() == 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            one = 0
+        elif ids.numel() == 1 and ids.device.type == "cpu" and not compiling:
             one = int(ids)  # a view, where gathering would copy the weights
-            return CategoryWeights(self.W[one : one + 1], self.b[one : one + 1])
-        return CategoryWeights(self.W[ids], self.b[ids])
+        else:
+            return CategoryWeights(self.W[ids], self.b[ids])
+        kept = self.fast and not compiling and not torch.is_grad_enabled()
+        small = self._packed(one, first) if kept else None
+        return CategoryWeights(self.W[one : one + 1], self.b[one : one + 1], small)
+
+    def _packed(self, one: int, first: int | None) -> PackedDense | None:
+        """Made once: a fast model's weights do not change any more."""
+        if (one, first) not in self._small:
+            bias = self.b[one] if first is None else None
+            self._small[one, first] = PackedDense.of(self.W[one, :first].T, bias)
+        return self._small[one, first]
 
 
-def category_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x [G * R, T, in] times weight [G, in, out]; R consecutive entries share one weight."""
+def category_matmul(x: Tensor, weight: Tensor, small: PackedDense | None = None) -> Tensor:
+    """x [G * R, T, in] times weight [G, in, out]; R consecutive entries share one weight.
+
+    small: this weight, laid out for it."""
+    done = None if small is None else small(x)
+    if done is not None:
+        return done
     groups = weight.shape[0]
     if groups == 1:
         return x @ weight[0]
@@ -50,7 +78,10 @@ def category_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 def category_linear(x: Tensor, selected: CategoryWeights) -> Tensor:
     """x [G * R, T, in] to [G * R, T, out]."""
-    weight, bias = selected
+    weight, bias, small = selected
+    done = None if small is None else small(x)
+    if done is not None:
+        return done
     if weight.shape[0] == 1:
         return torch.addmm(bias[0], x.reshape(-1, x.shape[-1]), weight[0]).view(*x.shape[:-1], -1)
     folded = x.reshape(weight.shape[0], -1, x.shape[-1])
@@ -95,7 +126,9 @@ class ActionEncoder(nn.Module):
         self.W3 = CategoryLinear(categories, width, width)
 
     def select(self, ids: Tensor) -> tuple[CategoryWeights, CategoryWeights, CategoryWeights]:
-        return self.W1.select(ids), self.W2.select(ids), self.W3.select(ids)
+        """W2's `small` is of the half that reads the actions."""
+        half = self.W2.W.shape[-1]
+        return self.W1.select(ids), self.W2.select(ids, half), self.W3.select(ids)
 
     def time_parts(self, tau: Tensor) -> Tensor:
         """`time_part` of tau [1, width] for each embodiment: [categories, 1, width]."""
@@ -124,7 +157,7 @@ class ActionEncoder(nn.Module):
         width = hidden.shape[-1]
         if time is None:
             time = ActionEncoder.time_part(tau, w2)
-        mixed = category_matmul(hidden, w2.weight[:, :width])
+        mixed = category_matmul(hidden, w2.weight[:, :width], w2.small)
         if 1 < time.shape[0] < mixed.shape[0]:
             time = time.repeat_interleave(mixed.shape[0] // time.shape[0], dim=0)
         return category_linear(silu(mixed + time), w3)

@@ -39,6 +39,12 @@ class Rope(NamedTuple):
         angle = positions[..., None, None].float() * ROPE_THETA**-exponent
         return cls(angle.cos().to(dtype), angle.sin().to(dtype))
 
+    def rows(self, positions: Tensor) -> Rope:
+        """The tables of `positions` [B, S], where these are of one sequence 0, 1, 2, ... Those
+        before the first (masked tokens) have the first one's."""
+        at = positions.clamp_min(0)
+        return Rope(self.cos[0][at], self.sin[0][at])
+
     def rotate(self, x: Tensor, fast: bool = False) -> Tensor:
         """Rotate x [B, S, heads, head_dim], halves paired (not interleaved)."""
         turned = rows.rotate(x, self.cos, self.sin) if fast else None

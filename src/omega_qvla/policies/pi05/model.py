@@ -145,6 +145,8 @@ class _PaliGemmaWithExpert(nn.Module):
 class Pi05Model(nn.Module):
     """The whole network. It builds on any device, the meta device included."""
 
+    fast = False
+
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
         self.config = config
@@ -156,6 +158,7 @@ class Pi05Model(nn.Module):
         self.time_mlp_out = nn.Linear(width, width)
         self.baked: BakedConditioning | None = None
         self.kept: KeptConditioning | None = None
+        self._angles: dict[int, Rope] = {}
 
     @property
     def vision(self) -> SiglipVisionModel:
@@ -258,7 +261,20 @@ class Pi05Model(nn.Module):
     def prefix_rope(self, pad_mask: Tensor) -> Rope:
         """Rotary tables of the prefix: masked tokens do not consume positions."""
         positions = pad_mask.cumsum(1) - 1
-        return Rope.at(positions, self.config.vlm.head_dim, self.compute_dtype)
+        return self._rope(positions, self.config.vlm.head_dim, pad_mask.shape[1])
+
+    def _rope(self, positions: Tensor, head_dim: int, limit: int) -> Rope:
+        """Rotary tables of positions below `limit`. A fast model keeps those of all positions:
+        torch shares even a few thousand cosines among its threads (see `modules.norm`)."""
+        dtype = self.compute_dtype
+        if not self.fast or torch.compiler.is_compiling():
+            return Rope.at(positions, head_dim, dtype)
+        kept = self._angles.get(head_dim)
+        if kept is None or kept.cos.shape[1] < limit or kept.cos.dtype != dtype:
+            with torch.inference_mode(False):  # what is kept may meet a gradient later
+                every = torch.arange(limit, device=positions.device)[None]
+                kept = self._angles[head_dim] = Rope.at(every, head_dim, dtype)
+        return kept.rows(positions)
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Flow times of the steps, float32 [num_steps], on the CPU.
@@ -321,7 +337,8 @@ class Pi05Model(nn.Module):
         """Rotary tables of `length` suffix tokens per sample: they follow the valid prefix."""
         offsets = torch.arange(length, device=prefix.num_valid.device)
         positions = prefix.num_valid.repeat_interleave(prefix.repeats)[:, None] + offsets
-        return Rope.at(positions, self.config.expert.head_dim, self.compute_dtype)
+        limit = prefix.pad_mask.shape[1] + length
+        return self._rope(positions, self.config.expert.head_dim, limit)
 
     def velocity(
         self, prefix: Prefix, x_t: Tensor, cond: StepConditioning, rope: Rope | None = None
