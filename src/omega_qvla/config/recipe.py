@@ -176,7 +176,7 @@ class ActivationScheme:
     bits: 4, 8, or 6, which no integer kernel has: emulated only.
     signed: dynamic scales have a sign, so that the value of largest magnitude maps to the integer
     of largest magnitude (-8 of -8..7), and are clip * absmax / 8 instead of / 7. A clip of up to
-    8/7, where the two meet, is then possible. Emulated only.
+    8/7, where the two meet, is then possible.
     """
 
     kind: ActivationKind = "none"
