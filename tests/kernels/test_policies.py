@@ -19,7 +19,7 @@ from omega_qvla.runtime.engine import Engine
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHECKPOINTS = ("pi05-metaworld", "groot-n15-metaworld")
 INSTRUCTIONS = ("open the drawer", "push the red button", "close the window")
-RECIPES = ("omega", "omega+signed")
+RECIPES = ("omega", "omega+unsigned", "omega+signed-weights+weight-group-64")
 SLOW = pytest.param(60, marks=pytest.mark.slow)
 
 pytestmark = pytest.mark.skipif(not isa_names(), reason="the native kernels are not built here")
