@@ -168,8 +168,8 @@ double error_of(const Case& c, const std::vector<int8_t>& q, const std::vector<f
     return worst;
 }
 
-// Whether the scale's sign takes each group's largest value to the lowest integer; groups of zeros
-// have a positive scale.
+// Whether the scale's sign takes each group's largest value below zero, and its size some value to
+// an end of the grid; groups of zeros have a positive scale.
 bool signs_hold(const Case& c, const std::vector<int8_t>& q, const std::vector<float>& scale) {
     const LinearSpec& s = c.spec;
     const int width = s.act_group ? s.act_group : s.inputs;
@@ -177,10 +177,13 @@ bool signs_hold(const Case& c, const std::vector<int8_t>& q, const std::vector<f
         for (int g = 0; g < c.groups; ++g) {
             const int8_t* from = q.data() + size_t(m) * s.inputs + g * width;
             const int8_t* end = from + std::min(width, s.inputs - g * width);
-            const int lowest = *std::min_element(from, end);
+            const auto ends = std::minmax_element(from, end);
+            const int lowest = *ends.first, highest = *ends.second;
+            const int low = -(1 << (s.bits - 1));
             const float step = scale[size_t(m) * c.groups + g];
             const bool zeros = std::all_of(from, end, [](int8_t v) { return v == 0; });
-            if (zeros ? step <= 0.0f : lowest != -(1 << (s.bits - 1))) return false;
+            const bool turned = lowest <= -highest && (lowest == low || highest == -low - 1);
+            if (zeros ? step <= 0.0f : !turned) return false;
         }
     }
     return true;

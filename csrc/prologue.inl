@@ -80,26 +80,6 @@ inline Floats absmax(const float* p, int n) {
     return Floats(spread_largest(larger(a, b)));
 }
 
-// The bits of a float with the sign last: the larger magnitude is the larger number, and of two
-// that are as large the negative one.
-inline Uints magnitude_first(const float* p) {
-    const Uints bits = Uints(load(p));
-    return bits << 1 | bits >> 31;
-}
-
-// magnitude_first of the p[i] of largest magnitude, in every lane. Infinity above numbers, NaN
-// above all.
-inline Uints largest_magnitude(const float* p, int n) {
-    Uints a{}, b{};
-    int i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        a = larger(a, magnitude_first(p + i));
-        b = larger(b, magnitude_first(p + i + LANES));
-    }
-    for (; i < n; i += LANES) a = larger(a, magnitude_first(p + i));
-    return spread_largest(larger(a, b));
-}
-
 inline int32_t sum_lanes(Ints v) {
     v = v + Ints(swap_lanes<1>(Floats(v)));
     v = v + Ints(swap_lanes<2>(Floats(v)));
@@ -145,14 +125,36 @@ inline Floats at_least_tiny(Floats v) {
     return v < tiny ? splat(tiny) : v;
 }
 
-// A scale from the values that it is for, in every lane. With a sign it is negative where the
-// largest of them is positive; all zeros have a positive one.
+// A scale with a sign from the values that it is for, in every lane: negative where the largest of
+// them is positive; all zeros have a positive one. As bits the largest number is the largest value,
+// and the largest unsigned one the lowest value: infinity above numbers, NaN above all.
+inline Floats signed_scale(const Prologue& pro, const float* p, int n) {
+    const Uints minus_zero = Uints{} + 0x80000000u;
+    Ints high[2] = {};
+    Uints low[2] = {minus_zero, minus_zero};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        for (int k = 0; k < 2; ++k) {
+            const Floats v = load(p + i + k * LANES);
+            high[k] = larger(high[k], Ints(v));
+            low[k] = larger(low[k], Uints(v));
+        }
+    }
+    for (; i < n; i += LANES) {
+        high[0] = larger(high[0], Ints(load(p + i)));
+        low[0] = larger(low[0], Uints(load(p + i)));
+    }
+    const Ints above = spread_largest(larger(high[0], high[1]));
+    const Ints below = Ints(spread_largest(larger(low[0], low[1])) ^ minus_zero);
+    const Floats first = Floats(larger(above, below)) * pro.first_factor;
+    const Floats second = Floats(smaller(above, below)) * pro.factor;
+    const Floats size = at_least_tiny(second > first ? second : first);
+    return Floats(Uints(size) ^ (below < above ? minus_zero : Uints{}));
+}
+
 inline Floats dynamic_scale(const Prologue& pro, const float* p, int n) {
-    if (!pro.signed_scales) return at_least_tiny(absmax(p, n) * pro.factor);
-    const Uints largest = largest_magnitude(p, n);
-    const Floats size = at_least_tiny(Floats(largest >> 1) * pro.factor);
-    const Uints sign = largest ? ~largest << 31 : Uints{};
-    return Floats(Uints(size) ^ sign);
+    if (pro.signed_scales) return signed_scale(pro, p, n);
+    return at_least_tiny(absmax(p, n) * pro.factor);
 }
 
 // One row of floats to integers, sums and scales.

@@ -136,15 +136,15 @@ def test_tables_of_what_is_there_name_what_is_not(
     plan: Comparison, finished: Results, tmp_path: Path
 ) -> None:
     more = dataclasses.replace(
-        plan, out=tmp_path, episodes=2, arms=(*plan.arms, parse_arm("omega+clip-0.95"))
+        plan, out=tmp_path, episodes=2, arms=(*plan.arms, parse_arm("omega+clip-1"))
     )
     drift_file(more).write_text("".join(drift_file(plan).read_text().splitlines(True)[1:]))
     lines = results_file(plan).read_text().splitlines(True)
     results_file(more).write_text("".join(lines[:-1]))
     text = write_tables(more, stages.results(more, played(more)))["comparison.md"].read_text()
     first = json.loads(drift_file(plan).read_text().splitlines()[0])["arm"]
-    assert f"Not measured yet (in so many of 4 columns): {first} (1), omega+clip-0.95 (4)." in text
-    assert text.count("Not played yet: omega+clip-0.95.") == 4
+    assert f"Not measured yet (in so many of 4 columns): {first} (1), omega+clip-1 (4)." in text
+    assert text.count("Not played yet: omega+clip-1.") == 4
     assert "Unfinished: " in text
 
 

@@ -135,8 +135,7 @@ def test_frozen_and_without_torch() -> None:
     [
         (lambda: ActivationScheme("per_step_group", signed=True), "activation.signed is for the"),
         (lambda: ActivationScheme("none", signed=True), "activation.signed is for the per_token"),
-        (lambda: ActivationScheme("per_token", clip=1.2, signed=True), "must lie in \\(0, 1.143"),
-        (lambda: ActivationScheme("per_token", clip=1.05), "must lie in \\(0, 1]"),
+        (lambda: ActivationScheme("per_token", clip=1.05, signed=True), "must lie in \\(0, 1]"),
         (lambda: WeightScheme(bits=16, signed=True), "weight.signed"),
         (
             lambda: Scheme(

@@ -66,9 +66,9 @@ def _all(*changes: Change) -> Change:
     return apply
 
 
-#: `omega` before its activation scales had a sign. The largest value then falls on 7, not on -8;
-#: 0.95 of absmax / 7 takes it to 7.4, which rounds to 7 all the same, and makes finer steps.
-_UNSIGNED = _activation(signed=False, clip=0.95)
+#: `omega` before its activation scales had a sign. A clip of 0.95 takes the largest value to 7.4,
+#: which rounds to 7 all the same, and makes finer steps; with a sign it does so on the other side.
+_UNSIGNED = _activation(signed=False)
 _SIGNED_WEIGHTS = _weight(signed=True)
 _POOLED = _activation(pooled=True)
 #: The published recipe's parts. Rotation alone with the one static scale per channel and step
@@ -123,17 +123,18 @@ _OMEGA: Mapping[str, Change] = {
     "weight-group-128+rtn": _weight(group=128, method="rtn"),
     "act-group-32": _activation(group=32),
     "act-group-128": _activation(group=128),
-    "clip-0.95": _activation(clip=0.95),
-    "clip-1.05": _activation(clip=1.05),
+    "clip-0.9": _activation(clip=0.9),
+    "clip-1": _activation(clip=1.0),
     "unsigned": _UNSIGNED,
     "unsigned+clip-0.9": _activation(signed=False, clip=0.9),
     "unsigned+clip-1": _activation(signed=False, clip=1.0),
     "signed-weights": _SIGNED_WEIGHTS,
-    "act-bits-6": _activation(bits=6),
-    "act-bits-8": _activation(bits=8),
-    "per-token": _scales("per_token", signed=True),
+    "act-bits-6": _activation(bits=6, clip=1.0),
+    "act-bits-8": _activation(bits=8, clip=1.0),
+    "per-token": _scales("per_token", clip=0.9, signed=True),
     "per-token+full-hadamard": _all(
-        _scales("per_token", signed=True), _rotation("full_hadamard", randomized=True)
+        _scales("per_token", clip=0.9, signed=True),
+        _rotation("full_hadamard", randomized=True),
     ),
     "per-token+unsigned": _scales("per_token", clip=0.9),
     "per-step-tensor": _scales("per_step_tensor"),
