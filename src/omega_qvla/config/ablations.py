@@ -67,8 +67,8 @@ def _all(*changes: Change) -> Change:
 
 
 #: `omega` before its activation scales had a sign. A clip of 0.95 takes the largest value to 7.4,
-#: which rounds to 7 all the same, and makes finer steps; with a sign it does so on the other side.
-_UNSIGNED = _activation(signed=False)
+#: which rounds to 7 all the same, and makes finer steps; with a sign, 0.97 does so on one side.
+_UNSIGNED = _activation(signed=False, clip=0.95)
 _SIGNED_WEIGHTS = _weight(signed=True)
 _POOLED = _activation(pooled=True)
 #: The published recipe's parts. Rotation alone with the one static scale per channel and step
@@ -123,7 +123,7 @@ _OMEGA: Mapping[str, Change] = {
     "weight-group-128+rtn": _weight(group=128, method="rtn"),
     "act-group-32": _activation(group=32),
     "act-group-128": _activation(group=128),
-    "clip-0.9": _activation(clip=0.9),
+    "clip-0.95": _activation(clip=0.95),
     "clip-1": _activation(clip=1.0),
     "unsigned": _UNSIGNED,
     "unsigned+clip-0.9": _activation(signed=False, clip=0.9),

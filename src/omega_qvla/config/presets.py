@@ -34,7 +34,7 @@ from omega_qvla.config.recipe import (
 )
 from omega_qvla.errors import RecipeError
 
-_SIGNED_GROUPS = ActivationScheme("per_token_group", group=64, clip=0.95, signed=True)
+_SIGNED_GROUPS = ActivationScheme("per_token_group", group=64, clip=0.97, signed=True)
 _GPTQ = WeightScheme(method="gptq", grid="fine", act_order=True)
 
 
