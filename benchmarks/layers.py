@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omega_qvla.config import Recipe, Scheme, preset
+from omega_qvla.config import Recipe, Scheme, resolve_recipe
 from omega_qvla.kernels.arithmetic import activation_group
 from omega_qvla.kernels.reference import linear, quantize_input, rotate_input, transform_input
 from omega_qvla.numerics.activation import quantize_static
@@ -90,7 +90,7 @@ def measure(
         "channel_ratio": round(ratio, 1),
     }
     for label in recipes:
-        side, scheme = scheme_of(preset(label), name)
+        side, scheme = scheme_of(resolve_recipe(label), name)
         layer = build(name, scheme, side, weight, seen)
         row[f"{label} inputs"] = input_error(layer, held_out)
         row[f"{label} outputs"] = nmse(exact, linear(held_out, layer))

@@ -54,9 +54,9 @@ void make_layer(omega::Linear* self, const Array<uint8_t>& qweight, int inputs,
                 const Array<float>& weight_scale, int weight_group, const Maybe<float>& bias,
                 const Maybe<float>& multiplier, const Maybe<int32_t>& permutation,
                 const std::string& rotation, int block, const Maybe<float>& matrix, int base,
-                int bits, float clip, int act_group, const Maybe<float>& table, int rank,
-                const Maybe<float>& lowrank_a, const Maybe<float>& lowrank_b,
-                const std::string& isa) {
+                int bits, float clip, bool signed_scales, int act_group,
+                const Maybe<float>& table, int rank, const Maybe<float>& lowrank_a,
+                const Maybe<float>& lowrank_b, const std::string& isa) {
     omega::LinearSpec spec;
     if (qweight.ndim() != 2 || qweight.shape(1) != size_t(inputs + 1) / 2) {
         throw std::invalid_argument("qweight must be [outputs, ceil(inputs / 2)]");
@@ -89,6 +89,7 @@ void make_layer(omega::Linear* self, const Array<uint8_t>& qweight, int inputs,
     }
     spec.bits = bits;
     spec.clip = clip;
+    spec.signed_scales = signed_scales;
     spec.act_group = act_group;
     if (table) {
         spec.steps = int(table->size() / groups(act_group));
@@ -294,8 +295,8 @@ NB_MODULE(_native, m) {
         .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,
              "weight_group"_a, "bias"_a.none(), "multiplier"_a.none(), "permutation"_a.none(),
              "rotation"_a, "block"_a, "matrix"_a.none(), "base"_a, "bits"_a, "clip"_a,
-             "act_group"_a, "table"_a.none(), "rank"_a,
-             "lowrank_a"_a.none(), "lowrank_b"_a.none(), "isa"_a)
+             "signed_scales"_a, "act_group"_a, "table"_a.none(), "rank"_a, "lowrank_a"_a.none(),
+             "lowrank_b"_a.none(), "isa"_a)
         .def_prop_ro("isa", &omega::Linear::isa)
         .def_prop_ro("groups", &omega::Linear::groups)
         .def_prop_ro("nbytes", &omega::Linear::bytes)

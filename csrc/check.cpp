@@ -1,6 +1,7 @@
 // A self-check without Python: every instruction set that runs here against plain loops, over
 // random shapes and schemes, with helper threads and with several callers at once. It is what
 // the sanitizer builds and the emulated AArch64 run (tests/kernels/test_native_builds.py).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -67,6 +68,21 @@ void draw_rotation(Draw& draw, Case& c) {
     }
 }
 
+// Signed scales, and inputs on which their sign turns: zeros, one sign, both as large.
+void draw_signs(Draw& draw, Case& c) {
+    c.spec.signed_scales = !c.spec.steps && draw.between(0, 1);
+    if (!c.spec.signed_scales) return;
+    for (int m = 0; m < c.rows; ++m) {
+        float* row = c.x.data() + size_t(m) * c.spec.inputs;
+        const int kind = draw.between(0, 5);
+        for (int k = 0; k < c.spec.inputs; ++k) {
+            if (kind == 0) row[k] = 0.0f;
+            if (kind == 1) row[k] = -std::fabs(row[k]);
+            if (kind == 2) row[k] = k % 3 ? 2.0f : -2.0f;
+        }
+    }
+}
+
 Case draw_case(Draw& draw) {
     Case c;
     LinearSpec& s = c.spec;
@@ -99,6 +115,7 @@ Case draw_case(Draw& draw) {
         s.steps = 3;
         c.table = draw.reals(size_t(3) * c.groups, 0.1f, 1.0f);
     }
+    draw_signs(draw, c);
     return c;
 }
 
@@ -151,6 +168,27 @@ double error_of(const Case& c, const std::vector<int8_t>& q, const std::vector<f
     return worst;
 }
 
+// Whether the scale's sign takes each group's largest value below zero, and its size some value to
+// an end of the grid; groups of zeros have a positive scale.
+bool signs_hold(const Case& c, const std::vector<int8_t>& q, const std::vector<float>& scale) {
+    const LinearSpec& s = c.spec;
+    const int width = s.act_group ? s.act_group : s.inputs;
+    for (int m = 0; s.signed_scales && m < c.rows; ++m) {
+        for (int g = 0; g < c.groups; ++g) {
+            const int8_t* from = q.data() + size_t(m) * s.inputs + g * width;
+            const int8_t* end = from + std::min(width, s.inputs - g * width);
+            const auto ends = std::minmax_element(from, end);
+            const int lowest = *ends.first, highest = *ends.second;
+            const int low = -(1 << (s.bits - 1));
+            const float step = scale[size_t(m) * c.groups + g];
+            const bool zeros = std::all_of(from, end, [](int8_t v) { return v == 0; });
+            const bool turned = lowest <= -highest && (lowest == low || highest == -low - 1);
+            if (zeros ? step <= 0.0f : !turned) return false;
+        }
+    }
+    return true;
+}
+
 int failures = 0;
 // Of the bits of every result: the same on every architecture.
 uint64_t digest = 14695981039346656037ull;
@@ -163,9 +201,10 @@ void digest_bits(const std::vector<float>& y) {
 void expect(bool good, const Case& c, const char* isa, const char* what, double value) {
     if (good) return;
     ++failures;
-    std::printf("%s: %s %g: rows %d, %d -> %d, rotation %d, groups %d and %d, %d bits\n", isa, what,
-                value, c.rows, c.spec.inputs, c.spec.outputs, int(c.spec.rotation),
-                c.spec.act_group, c.spec.weight_group, c.spec.bits);
+    std::printf("%s: %s %g: rows %d, %d -> %d, rotation %d, groups %d and %d, %d bits%s\n", isa,
+                what, value, c.rows, c.spec.inputs, c.spec.outputs, int(c.spec.rotation),
+                c.spec.act_group, c.spec.weight_group, c.spec.bits,
+                c.spec.signed_scales ? ", signed" : "");
 }
 
 // One case on every instruction set: right, the same with helpers, the same bits everywhere.
@@ -183,6 +222,7 @@ void check_case(const Case& c, omega::Pool& pool) {
         layer.run(c.x.data(), c.rows, again.data(), step, pool, 3);
         const double error = error_of(c, q, scale, y);
         expect(error < 1e-5, c, isa->name, "error", error);
+        expect(signs_hold(c, q, scale), c, isa->name, "a scale has the wrong sign", 0);
         expect(!std::memcmp(y.data(), again.data(), out * 4), c, isa->name, "threads differ", 3);
         if (first_y.empty()) {
             first = q;

@@ -72,6 +72,8 @@ struct Prologue {
     float norm = 1.0f;                   // factor that the butterflies leave out
     float low = -8.0f, high = 7.0f;      // range of the integers
     float factor = 1.0f;                 // dynamic: scale = absmax * factor, `norm` included
+    bool signed_scales = false;          // dynamic: negative where the largest value is positive,
+    float first_factor = 1.0f;           // max(absmax * first_factor, other side's * factor)
     const float* table = nullptr;        // static: [steps][groups], else null
     int groups = 1;                      // groups of activations with a scale of their own
     int group = 0;                       // inputs per group (a multiple of `segment`)

@@ -99,7 +99,10 @@ void Linear::set_prologue(const LinearSpec& spec) {
         }
         p.norm = 1.0f / std::sqrt(float(p.inputs));
     }
+    if (spec.signed_scales && spec.table) refuse("scales of a table have no sign");
+    p.signed_scales = spec.signed_scales;
     p.factor = spec.clip / p.high * p.norm;
+    p.first_factor = 1.0f / -p.low * p.norm;
     p.multiplier = keep(multiplier_, spec.multiplier, spec.inputs);
     p.permutation = keep(permutation_, spec.permutation, spec.inputs);
     p.matrix = keep(matrix_, spec.matrix, spec.matrix_size);

@@ -25,6 +25,7 @@ struct LinearSpec {
     int base = 1;
     int bits = 4;                          // of activations
     float clip = 1.0f;
+    bool signed_scales = false;            // dynamic ones only; see Prologue
     int act_group = 0;                     // inputs that share an activation scale; 0: all
     const float* table = nullptr;          // [steps][activation groups] or null: dynamic
     int steps = 0;

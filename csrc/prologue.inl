@@ -45,11 +45,28 @@ void rotate(const Prologue& pro, float* p, int rows) {
     }
 }
 
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+typedef uint32_t Uints __attribute__((vector_size(4 * LANES)));
+
+template <class I>
+inline I larger(I a, I b) { return a > b ? a : b; }
 inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 
-template <int D>
-inline Ints spread(Ints v) { return larger(v, Ints(swap_lanes<D>(Floats(v)))); }
+template <int D, class I>
+inline I spread(I v) { return larger(v, I(swap_lanes<D>(Floats(v)))); }
+
+// The largest of all lanes, in every lane.
+template <class I>
+inline I spread_largest(I v) {
+    v = spread<1>(v);
+    v = spread<2>(v);
+#if LANES >= 8
+    v = spread<4>(v);
+#endif
+#if LANES >= 16
+    v = spread<8>(v);
+#endif
+    return v;
+}
 
 // Largest |p[i]|, in every lane. Compared as bits: infinity above numbers, NaN above all.
 inline Floats absmax(const float* p, int n) {
@@ -60,16 +77,7 @@ inline Floats absmax(const float* p, int n) {
         b = larger(b, Ints(load(p + i + LANES)) & 0x7fffffff);
     }
     for (; i < n; i += LANES) a = larger(a, Ints(load(p + i)) & 0x7fffffff);
-    a = larger(a, b);
-    a = spread<1>(a);
-    a = spread<2>(a);
-#if LANES >= 8
-    a = spread<4>(a);
-#endif
-#if LANES >= 16
-    a = spread<8>(a);
-#endif
-    return Floats(a);
+    return Floats(spread_largest(larger(a, b)));
 }
 
 inline int32_t sum_lanes(Ints v) {
@@ -112,23 +120,58 @@ inline Floats round_scale(Floats v) {
     return v == v ? rounded : v;
 }
 
+inline Floats at_least_tiny(Floats v) {
+    constexpr float tiny = 1.17549435e-38f;
+    return v < tiny ? splat(tiny) : v;
+}
+
+// A scale with a sign from the values that it is for, in every lane: negative where the largest of
+// them is positive; all zeros have a positive one. As bits the largest number is the largest value,
+// and the largest unsigned one the lowest value: infinity above numbers, NaN above all.
+inline Floats signed_scale(const Prologue& pro, const float* p, int n) {
+    const Uints minus_zero = Uints{} + 0x80000000u;
+    Ints high[2] = {};
+    Uints low[2] = {minus_zero, minus_zero};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        for (int k = 0; k < 2; ++k) {
+            const Floats v = load(p + i + k * LANES);
+            high[k] = larger(high[k], Ints(v));
+            low[k] = larger(low[k], Uints(v));
+        }
+    }
+    for (; i < n; i += LANES) {
+        high[0] = larger(high[0], Ints(load(p + i)));
+        low[0] = larger(low[0], Uints(load(p + i)));
+    }
+    const Ints above = spread_largest(larger(high[0], high[1]));
+    const Ints below = Ints(spread_largest(larger(low[0], low[1])) ^ minus_zero);
+    const Floats first = Floats(larger(above, below)) * pro.first_factor;
+    const Floats second = Floats(smaller(above, below)) * pro.factor;
+    const Floats size = at_least_tiny(second > first ? second : first);
+    return Floats(Uints(size) ^ (below < above ? minus_zero : Uints{}));
+}
+
+inline Floats dynamic_scale(const Prologue& pro, const float* p, int n) {
+    if (pro.signed_scales) return signed_scale(pro, p, n);
+    return at_least_tiny(absmax(p, n) * pro.factor);
+}
+
 // One row of floats to integers, sums and scales.
 void quantize_row(const Prologue& pro, const float* p, int step, int row, const QuantTile& to,
                   int8_t* q) {
-    constexpr float tiny = 1.17549435e-38f;
     const int per_group = pro.group / pro.segment;
     for (int g = 0, s = 0; g < pro.groups; ++g) {
         const int start = g * pro.group;
         const int end = start + pro.group < pro.padded ? start + pro.group : pro.padded;
-        const Floats peak = absmax(p + start, end - start);
         Floats scale, inverse;
         if (pro.table) {
+            const Floats peak = absmax(p + start, end - start);
             const float fixed = pro.table[size_t(step) * pro.groups + g];
             inverse = splat(pro.norm / fixed);
             scale = splat(peak[0] == peak[0] ? fixed : peak[0]);
         } else {
-            scale = peak * pro.factor;
-            scale = scale < tiny ? splat(tiny) : scale;
+            scale = dynamic_scale(pro, p + start, end - start);
             if (to.act_scale) scale = round_scale(scale);
             inverse = pro.norm / scale;
         }

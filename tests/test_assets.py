@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omega_qvla.calibration.samples import ObservationSet, SampleMeta
-from omega_qvla.config.presets import preset
+from omega_qvla.config.presets import preset, resolve_recipe
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy
@@ -67,3 +67,13 @@ def test_an_omega_pack_takes_at_most_three_tenths_of_16_bit(family: str, tmp_pat
     # The file with everything in it: hashes of every tensor, recipe, provenance.
     assert sizes.file_bytes == (tmp_path / "pack").stat().st_size
     assert sizes.file_bytes <= 0.30 * sizes.layer_bytes_16bit
+
+
+def test_omega_r32_takes_the_bytes_of_svdquant(tmp_path: Path) -> None:
+    """Measured: 50.0% of 16 bits both."""
+    policy = load_policy(ASSETS / CHECKPOINTS["pi05"])
+    recipe = resolve_recipe("omega-r32+weights-rtn")  # as large, and quicker
+    sizes = read_pack(
+        quantize_policy(policy, recipe, observations(1), out=tmp_path / "r32")
+    ).sizes()
+    assert 0.48 * sizes.layer_bytes_16bit < sizes.layer_bytes <= 0.505 * sizes.layer_bytes_16bit

@@ -258,6 +258,23 @@ def test_another_pack_than_the_measured_one_is_refused_until_redone(
     assert "rtn" not in header and all(json.loads(line)["arm"] != "rtn" for line in lines)
 
 
+@pytest.mark.parametrize("merged", [(), ("rtn",)])
+def test_a_pack_of_another_recipe_under_the_name_is_made_again(
+    small: Comparison, monkeypatch: pytest.MonkeyPatch, merged: tuple[str, ...]
+) -> None:
+    """As a preset's is after the preset has changed, where `work` is kept and `out` is not."""
+    monkeypatch.setattr(stages, "_work", inline)
+    plan = dataclasses.replace(small, merged=merged)
+    first = run_comparison(plan, QUIET).drift
+    mine = plan.pack("pi05", PLAIN, "rtn")
+    for path in mine.parent.glob("rtn*.safetensors"):
+        path.write_bytes(plan.pack("pi05", PLAIN, "omega").read_bytes())
+    again = run_comparison(dataclasses.replace(plan, out=plan.out.parent / "afresh"), QUIET).drift
+    assert {k: r.pack for k, r in again.items()} == {k: r.pack for k, r in first.items()}
+    built = {key.arm for key, record in again.items() if record.build_s is not None}
+    assert built == {"rtn"}
+
+
 def test_an_infinite_channel_survives_the_file() -> None:
     drift = Drift(1, 0.5, 0.5, 0.5, (float("inf"), 0.25), 0, float("inf"))
     record = DriftRecord("c", "v", "a", "0", "emulated", None, 1, 4, drift, 0.5, ((0.5, 0.5),))

@@ -247,7 +247,7 @@ def test_signed_scales_equal_the_oracle(
     scheme = Scheme(
         rotation=rotation,
         weight=WeightScheme(group=group, rank=2, signed=True),
-        activation=ActivationScheme(kind, group=32, clip=1.05, signed=True),  # type: ignore[arg-type]
+        activation=ActivationScheme(kind, group=32, clip=0.95, signed=True),  # type: ignore[arg-type]
     )
     layer = make(scheme, width, None)
     x = tokens(12, width, seed=5)[0]

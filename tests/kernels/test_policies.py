@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omega_qvla.calibration.samples import ObservationSet, SampleMeta
-from omega_qvla.config.presets import preset
+from omega_qvla.config.presets import resolve_recipe
 from omega_qvla.kernels.cpu import isa_names
 from omega_qvla.policies.observation import Observation
 from omega_qvla.policies.registry import load_policy
@@ -19,6 +19,7 @@ from omega_qvla.runtime.engine import Engine
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHECKPOINTS = ("pi05-metaworld", "groot-n15-metaworld")
 INSTRUCTIONS = ("open the drawer", "push the red button", "close the window")
+RECIPES = ("omega", "omega+unsigned", "omega+signed-weights+weight-group-64")
 SLOW = pytest.param(60, marks=pytest.mark.slow)
 
 pytestmark = pytest.mark.skipif(not isa_names(), reason="the native kernels are not built here")
@@ -38,25 +39,29 @@ def observations(count: int) -> list[Observation]:
 
 
 @pytest.fixture(scope="module")
-def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The preset `omega` of each bundled policy, from four observations."""
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The recipes, unsigned and signed, of each bundled policy, from four observations."""
     few = observations(4)
     source = ObservationSet(tuple(few), tuple(SampleMeta(i, 0) for i in range(4)), "random")
     made = {}
     for name in CHECKPOINTS:
-        made[name] = tmp_path_factory.mktemp(name) / "omega.safetensors"
-        quantize_policy(load_policy(ASSETS / name), preset("omega"), source, out=made[name])
+        policy, folder = load_policy(ASSETS / name), tmp_path_factory.mktemp(name)
+        for recipe in RECIPES:
+            out = made[name, recipe] = folder / f"{recipe}.safetensors"
+            quantize_policy(policy, resolve_recipe(recipe), source, out=out)
     return made
 
 
 @pytest.mark.parametrize("count", [3, SLOW])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_actions_are_the_same_bits(
-    name: str, threads: int, count: int, packs: dict[str, Path]
+    name: str, recipe: str, threads: int, count: int, packs: dict[tuple[str, str], Path]
 ) -> None:
-    emulated = Engine.load(ASSETS / name, packs[name], backend="emulated")
-    native = Engine.load(ASSETS / name, packs[name], backend="native")
+    pack = packs[name, recipe]
+    emulated = Engine.load(ASSETS / name, pack, backend="emulated")
+    native = Engine.load(ASSETS / name, pack, backend="native")
     torch.set_num_threads(threads)
     try:
         for seed, observation in enumerate(observations(count)):

@@ -152,24 +152,40 @@ def test_expand_static() -> None:
         expand_static(torch.ones(4), 5, "per_step_channel", 64)
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.9, 8 / 7])
+@pytest.mark.parametrize("clip", [1.0, 0.95, 0.9])
 def test_signed_dynamic_scales(clip: float) -> None:
     x = random(200, 64, seed=6)
+    x[:20] = x[:20].abs()  # nothing on the other side
     q, scale = quantize_per_token_group(x, 4, 16, clip, signed=True)
     blocks = x.view(200, 4, 16)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    assert torch.allclose(scale, -largest * (clip / 8), rtol=1e-6)
+    other = (-blocks * largest.sign().unsqueeze(-1)).amax(-1).clamp_min(0)
+    size = torch.maximum(largest.abs() / 8, other * clip / 7)
+    assert torch.allclose(scale, -largest.sign() * size, rtol=1e-6)
+    assert 0.02 < float((other * clip / 7 > largest.abs() / 8).double().mean()) < 0.9
     expected = (blocks.double() / scale.double().unsqueeze(-1)).round().clamp(-8, 7)
-    assert float((q.view(200, 4, 16) != expected).double().mean()) < 1e-3
-    assert bool((q.view(200, 4, 16).amin(-1) <= (-8 if clip <= 1 else -7)).all())
+    got = q.view(200, 4, 16)
+    assert float((got != expected).double().mean()) < 1e-3
+    assert bool(((got.amin(-1) == -8) | (got.amax(-1) == 7)).all())
+    _, unsigned = quantize_per_token_group(x, 4, 16, clip)
+    assert bool((scale.abs() <= unsigned * (1 + 1e-6)).all())  # never a coarser grid
+
+
+def test_signed_scales_keep_a_single_value_under_a_hadamard() -> None:
+    """All values are +c or -c then. By M / 8 alone the positive ones would end at 7 of 8."""
+    x = torch.full((4, 64), 3.0) * random(4, 64, seed=8).sign()
+    q, scale = quantize_per_token(x, 4, 1.0, signed=True)
+    assert torch.allclose(q * scale, x, rtol=1e-6)
+    q, scale = quantize_per_token(x, 4, 0.95, signed=True)
+    assert float((q * scale - x).abs().max()) < 3.0 * 0.051
 
 
 def test_signed_scales_round_normal_tokens_more_finely() -> None:
-    """Measured: 0.80 of the squared error of absmax / 7 with clip 1."""
+    """Measured: 0.79 of the squared error of absmax / 7; 0.80 by M / 8 alone."""
     x = random(500, 64, seed=7)
 
     def error(signed: bool) -> float:
         q, scale = quantize_per_token(x, 4, 1.0, signed)
         return float((q * scale - x).square().sum())
 
-    assert error(True) < 0.86 * error(False)
+    assert error(True) < 0.83 * error(False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from omega_qvla.config.presets import resolve_recipe
 from omega_qvla.config.recipe import ActivationScheme, Scheme, WeightScheme
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
@@ -130,5 +131,8 @@ def test_signed_scales_survive_and_verify(tmp_path: Path) -> None:
 
 
 def test_what_came_later_is_not_in_older_manifests(tmp_path: Path) -> None:
-    write_pack(tmp_path / "a", make_manifest(), all_layers())
+    recipe = resolve_recipe("omega+unsigned").to_dict() | {"name": "omega"}
+    layers = {n: layer for n, layer in all_layers().items() if not layer.scheme.activation.signed}
+    assert len(layers) == len(SCHEMES) - 1
+    write_pack(tmp_path / "a", make_manifest(recipe=recipe), layers)
     assert b"signed" not in (tmp_path / "a").read_bytes()

@@ -1,8 +1,9 @@
 """Recipes with one thing changed, by name: what each ingredient is worth.
 
 A name is `<base>+<change>`. The bases are `omega-paper`, whose changes are the rows of the
-published ablation table, `omega`, and SVDQuant for its rank. Nothing here is for use on a
-robot: the comparison (`omega-qvla compare --recipes ablations`) builds and measures them.
+published ablation table, `omega`, `omega-r32` for its scales, and SVDQuant for its rank. Nothing
+here is for use on a robot: the comparison (`omega-qvla compare --recipes ablations`) builds and
+measures them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from omega_qvla.config.baselines import svdquant_w4a4
-from omega_qvla.config.presets import omega, omega_paper
+from omega_qvla.config.presets import omega, omega_paper, omega_r32
 from omega_qvla.config.recipe import (
     ActivationScheme,
     Recipe,
@@ -65,11 +66,10 @@ def _all(*changes: Change) -> Change:
     return apply
 
 
-#: A scale's sign takes the largest value to -8. Nothing is left to clip: with 7 for the largest
-#: value, 0.95 of absmax is 0.95 * 8/7 = 1.09 of what the sign makes of it.
-_SIGNED_INPUTS = _activation(signed=True, clip=1.0)
+#: `omega` before its activation scales had a sign. A clip of 0.95 takes the largest value to 7.4,
+#: which rounds to 7 all the same, and makes finer steps; with a sign, 0.97 does so on one side.
+_UNSIGNED = _activation(signed=False, clip=0.95)
 _SIGNED_WEIGHTS = _weight(signed=True)
-_SIGNED = _all(_SIGNED_INPUTS, _SIGNED_WEIGHTS)
 _POOLED = _activation(pooled=True)
 #: The published recipe's parts. Rotation alone with the one static scale per channel and step
 #: is its table's "per-step" column; `pooled` is the column without.
@@ -123,14 +123,20 @@ _OMEGA: Mapping[str, Change] = {
     "weight-group-128+rtn": _weight(group=128, method="rtn"),
     "act-group-32": _activation(group=32),
     "act-group-128": _activation(group=128),
-    "clip-0.9": _activation(clip=0.9),
+    "clip-0.95": _activation(clip=0.95),
     "clip-1": _activation(clip=1.0),
+    "unsigned": _UNSIGNED,
+    "unsigned+clip-0.9": _activation(signed=False, clip=0.9),
+    "unsigned+clip-1": _activation(signed=False, clip=1.0),
+    "signed-weights": _SIGNED_WEIGHTS,
     "act-bits-6": _activation(bits=6, clip=1.0),
     "act-bits-8": _activation(bits=8, clip=1.0),
-    "per-token": _scales("per_token", clip=0.9),
+    "per-token": _scales("per_token", clip=0.9, signed=True),
     "per-token+full-hadamard": _all(
-        _scales("per_token", clip=0.9), _rotation("full_hadamard", randomized=True)
+        _scales("per_token", clip=0.9, signed=True),
+        _rotation("full_hadamard", randomized=True),
     ),
+    "per-token+unsigned": _scales("per_token", clip=0.9),
     "per-step-tensor": _scales("per_step_tensor"),
     "per-step-group": _scales("per_step_group", group=64),
     "per-step-channel": _scales("per_step_channel"),
@@ -140,14 +146,16 @@ _OMEGA: Mapping[str, Change] = {
     "rank-4-in-both": _weight(rank=4),
     "rank-8-in-both": _weight(rank=8),
     "rank-32-in-both": _weight(rank=32),
-    "signed-activations": _SIGNED_INPUTS,
-    "signed-weights": _SIGNED_WEIGHTS,
-    "signed": _SIGNED,
-    "signed+clip-0.95": _all(_SIGNED, _activation(clip=0.95)),
-    "signed+clip-1.05": _all(_SIGNED, _activation(clip=1.05)),
-    "signed+weight-group-64": _all(_SIGNED, _weight(group=64)),
-    "signed+rank-32": _all(_SIGNED, _weight(rank=32)),
-    "signed+rank-32+weight-group-64": _all(_SIGNED, _weight(rank=32, group=64)),
+    "rank-32-in-both+unsigned": _all(_weight(rank=32), _UNSIGNED),
+    "signed-weights+weight-group-64": _all(_SIGNED_WEIGHTS, _weight(group=64)),
+}
+#: What the sign, the groups and GPTQ are worth beside a branch of rank 32.
+_OMEGA_R32: Mapping[str, Change] = {
+    "unsigned": _all(_UNSIGNED, _weight(signed=False)),
+    "unsigned-weights": _weight(signed=False),
+    "unsigned-activations": _UNSIGNED,
+    "weights-per-row": _weight(group=None),
+    "weights-rtn": _weight(method="rtn"),
 }
 #: SVDQuant's rank is 32 at widths of thousands; on a network a tenth as wide that is half of the
 #: 16-bit bytes. With rank 4 its branch is as large, relative to the width, as in its paper.
@@ -179,7 +187,12 @@ def _one_side(base: Recipe) -> dict[str, Recipe]:
 
 def _ablations() -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    changed = ((omega_paper(), _PAPER), (omega(), _OMEGA), (svdquant_w4a4(), _SVDQUANT))
+    changed = (
+        (omega_paper(), _PAPER),
+        (omega(), _OMEGA),
+        (omega_r32(), _OMEGA_R32),
+        (svdquant_w4a4(), _SVDQUANT),
+    )
     for base, changes in changed:
         for change, apply in changes.items():
             name = f"{base.name}+{change}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,30 +34,54 @@ from omega_qvla.config.recipe import (
 )
 from omega_qvla.errors import RecipeError
 
+_SIGNED_GROUPS = ActivationScheme("per_token_group", group=64, clip=0.97, signed=True)
+_GPTQ = WeightScheme(method="gptq", grid="fine", act_order=True)
 
-def _omega(name: str, activation: ActivationScheme) -> Recipe:
-    def scheme(rank: int) -> Scheme:
-        return Scheme(
+
+def _omega(
+    name: str,
+    activation: ActivationScheme,
+    weight: WeightScheme = _GPTQ,
+    ranks: tuple[int, int] = (0, 4),
+) -> Recipe:
+    """The default with other roundings; `ranks` of the backbone and of the action head."""
+
+    def side(rank: int) -> SideRecipe:
+        scheme = Scheme(
             rotation=Rotation("hadamard", block=64),
-            weight=WeightScheme(method="gptq", grid="fine", act_order=True, rank=rank),
+            weight=dataclasses.replace(weight, rank=rank),
             activation=activation,
             smoothing=Smoothing(alpha=0.5, robust=True),
         )
+        return SideRecipe(scheme)
 
-    return Recipe(name, backbone=SideRecipe(scheme(0)), action_head=SideRecipe(scheme(4)))
+    backbone, action_head = ranks
+    return Recipe(name, backbone=side(backbone), action_head=side(action_head))
 
 
 def omega() -> Recipe:
     """The default: everything runs on integers. Ingredients chosen by docs/results/recipes.md.
 
     Robust smoothing, Hadamard blocks, full GPTQ per row in activation order, dynamic scales
-    per token and group; in the action head on the residual of rank 4.
+    per token and group, with the sign that uses all 16 integers; in the action head on the
+    residual of rank 4.
     """
-    return _omega("omega", ActivationScheme("per_token_group", group=64, clip=0.95))
+    return _omega("omega", _SIGNED_GROUPS)
+
+
+def omega_r32() -> Recipe:
+    """`omega` with SVDQuant's branch: rank 32 on both sides, and weight scales per group of 64.
+
+    These scales have a sign too. Half of the 16-bit bytes at the demo policies' widths, as
+    `svdquant-w4a4`; on square layers of 2048 channels 3 points more than `omega` for the rank and
+    1.6 for the scales.
+    """
+    weight = dataclasses.replace(_GPTQ, group=64, signed=True)
+    return _omega("omega-r32", _SIGNED_GROUPS, weight, ranks=(32, 32))
 
 
 def w4a8() -> Recipe:
-    """`omega` with 8-bit activations."""
+    """`omega` with 8-bit activations, whose 256 integers have no need of a sign."""
     return _omega("w4a8", ActivationScheme("per_token_group", bits=8, group=64))
 
 
@@ -90,6 +115,7 @@ def omega_paper() -> Recipe:
 PRESETS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "omega": omega,
+        "omega-r32": omega_r32,
         "omega-paper": omega_paper,
         "w4a8": w4a8,
         "w4a16": w4a16,

@@ -165,9 +165,9 @@ class ActivationScheme:
     nothing. percentile: of |x|, for `per_step_channel`; the other static kinds search.
     pooled: static scales from the tokens of all steps together, the same in every step.
     bits: 4, 8, or 6, which no integer kernel has: emulated only.
-    signed: dynamic scales have a sign, so that the value of largest magnitude maps to the integer
-    of largest magnitude (-8 of -8..7), and are clip * absmax / 8 instead of / 7. A clip of up to
-    8/7, where the two meet, is then possible. Emulated only.
+    signed: dynamic scales have a sign, so that the value of largest magnitude M is on the side of
+    the integer of largest magnitude (-8 of -8..7). With m the largest magnitude on the other side
+    they are max(M / 8, clip * m / 7) instead of clip * M / 7: `clip` cuts the other side alone.
     """
 
     kind: ActivationKind = "none"
@@ -191,11 +191,7 @@ class ActivationScheme:
             f"activation.signed is for the per_token kinds; {self.kind} has no scale that is made "
             "from its input",
         )
-        most = 1 + 1 / (2 ** (self.bits - 1) - 1) if self.signed else 1.0
-        need(
-            0 < self.clip <= most,
-            f"activation.clip must lie in (0, {most:.4g}], not {self.clip}",
-        )
+        need(0 < self.clip <= 1, f"activation.clip must lie in (0, 1], not {self.clip}")
         need(0 < self.percentile <= 100, "activation.percentile must lie in (0, 100]")
         need(
             self.kind == "per_step_channel" or self.percentile == 99.9,

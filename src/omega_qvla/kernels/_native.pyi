@@ -22,6 +22,7 @@ class Linear:
         base: int,
         bits: int,
         clip: float,
+        signed_scales: bool,
         act_group: int,
         table: Any | None,
         rank: int,

@@ -51,12 +51,18 @@ def tail_factor(block: int, size: int) -> float:
 
 
 def clip_factor(layer: QuantizedLayer) -> float:
-    """Dynamic scale over absmax before the norm: clip / qmax * norm, in float32; signed scales
-    have -qmin in place of qmax."""
+    """Dynamic scale over absmax before the norm: clip / qmax * norm, in float32; of signed scales
+    over the largest magnitude of the other side."""
     activation = layer.scheme.activation
-    low, high = qrange(activation.bits)
-    largest = -low if activation.signed else high
-    return float(torch.tensor(activation.clip) / largest * rotation_norm(layer))
+    _, high = qrange(activation.bits)
+    return float(torch.tensor(activation.clip) / high * rotation_norm(layer))
+
+
+def sign_factor(layer: QuantizedLayer) -> float:
+    """Signed dynamic scale over absmax before the norm, where the other side does not need more:
+    norm / -qmin, a float32."""
+    low, _ = qrange(layer.scheme.activation.bits)
+    return float(torch.tensor(1.0) / -low * rotation_norm(layer))
 
 
 def round_scale(scale: Tensor, layer: QuantizedLayer) -> Tensor:

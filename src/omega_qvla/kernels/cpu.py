@@ -60,6 +60,7 @@ class NativeBackend:
             devices=frozenset({"cpu"}),
             isa=isa_names(),
             group_multiple=_GROUP_MULTIPLE,
+            signed_activations=True,
         )
 
     def available(self) -> tuple[bool, str]:
@@ -185,6 +186,7 @@ def _repack(layer: QuantizedLayer, isa: str) -> _native.Linear:
         base=base,
         bits=activation.bits,
         clip=activation.clip,
+        signed_scales=activation.signed,
         act_group=activation.group if grouped else 0,
         table=_float(layer.act_scale),
         rank=layer.scheme.weight.rank,

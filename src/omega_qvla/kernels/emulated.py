@@ -22,7 +22,7 @@ from omega_qvla.kernels.prologue import build_prologue, dense_blocks
 from omega_qvla.kernels.reference import every_scheme
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, points_down, qrange
+from omega_qvla.numerics.qparams import expand_groups, qrange, two_sided_scale
 from omega_qvla.numerics.rotation import apply_blocks
 from omega_qvla.numerics.rtn import dequantize
 
@@ -107,12 +107,16 @@ def _quantizer(layer: QuantizedLayer) -> _Quantizer:
     low, high = qrange(act.bits)
     if not act.static:
         factor, grouped = arithmetic.clip_factor(layer), arithmetic.activation_group(layer) > 0
+        largest = arithmetic.sign_factor(layer)
         norm = torch.tensor(arithmetic.rotation_norm(layer), device=layer.qweight.device)
 
         def dynamic(u: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
-            scale = u.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(arithmetic.TINY)
             if act.signed:
-                scale = torch.where(points_down(u), scale, -scale)
+                size, down = two_sided_scale(u, largest, factor)
+                size = size.clamp_min_(arithmetic.TINY)
+                scale = torch.where(down, size, -size)
+            else:
+                scale = u.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(arithmetic.TINY)
             if grouped:
                 scale = scale.bfloat16().float()  # `arithmetic.round_scale`
             return torch.mul(u, norm / scale).round_().clamp_(low, high), scale

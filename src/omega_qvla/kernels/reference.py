@@ -40,7 +40,7 @@ from omega_qvla.numerics.activation import expand_static
 from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, points_down, qrange
+from omega_qvla.numerics.qparams import expand_groups, qrange, two_sided_scale
 from omega_qvla.numerics.rotation import apply_blocks, undo_output_rotation
 
 ACTIVATION_KINDS = frozenset(
@@ -130,15 +130,21 @@ def quantize_input(
         scale = layer.act_scale[table_row(layer, step)].expand(u.shape[0], -1)
     else:
         parts = torch.split(u, group, dim=1)
-        peak = torch.stack([part.abs().amax(1) for part in parts], dim=1)
-        scale = (peak * arithmetic.clip_factor(layer)).clamp_min(arithmetic.TINY)
-        if act.signed:
-            down = torch.cat([points_down(part) for part in parts], dim=1)
-            scale = torch.where(down, scale, -scale)
+        scale = torch.cat([_dynamic_scale(part, layer) for part in parts], dim=1)
     scale = arithmetic.round_scale(scale, layer)
     inverse = arithmetic.inverse_scale(scale, layer)
     inverse = expand_groups(inverse, width, group)
     return (u * inverse).round().clamp(low, high), scale
+
+
+def _dynamic_scale(part: Tensor, layer: QuantizedLayer) -> Tensor:
+    """part [n, inputs that share a scale] -> [n, 1], before `arithmetic.round_scale`."""
+    factor = arithmetic.clip_factor(layer)
+    if not layer.scheme.activation.signed:
+        return (part.abs().amax(1, keepdim=True) * factor).clamp_min(arithmetic.TINY)
+    size, down = two_sided_scale(part, arithmetic.sign_factor(layer), factor)
+    size = size.clamp_min(arithmetic.TINY)
+    return torch.where(down, size, -size)
 
 
 def product(q: Tensor, scale: Tensor, layer: QuantizedLayer) -> Tensor:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError, NumericsError
-from omega_qvla.numerics.qparams import expand_groups, qrange, split_groups, widest_scale
+from omega_qvla.numerics.qparams import (
+    expand_groups,
+    qrange,
+    split_groups,
+    two_sided_scale,
+    widest_scale,
+)
 
 # Fractions of absmax tried for a static scale by squared error: geometric, 1 .. 1/100; one
 # massive token among thousands pulls the optimum far below its absmax.
@@ -26,11 +32,17 @@ def quantize_per_token(
     x: Tensor, bits: int = 4, clip: float = 1.0, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Each token (row of x [..., in]) on its own grid: scale = clip * absmax / qmax, or, signed,
-    clip * absmax / -qmin, negative where the value of largest magnitude is positive.
+    max(M / -qmin, clip * m / qmax), negative where the largest magnitude M is of a positive value;
+    m is the largest of the other sign.
 
     Returns (q [..., in], scale [..., 1]); a zero token has scale 1.
     """
-    scale = widest_scale(x, bits, clip, signed).unsqueeze(-1)
+    low, high = qrange(bits)
+    if signed:
+        size, down = two_sided_scale(x, 1 / -low, clip / high)
+        scale = torch.where(down, size, -size)
+    else:
+        scale = widest_scale(x, bits, clip).unsqueeze(-1)
     scale.masked_fill_(scale == 0, 1.0)
     return _round(x, scale, bits), scale
 

@@ -90,6 +90,22 @@ def widest_scale(blocks: Tensor, bits: int, clip: float = 1.0, signed: bool = Fa
     return torch.where(points_down(blocks).squeeze(-1), scale, -scale)
 
 
+def two_sided_scale(values: Tensor, largest: float, other: float) -> tuple[Tensor, Tensor]:
+    """values [..., n] -> (size [..., 1], down bool [..., 1]) of a dynamic scale with a sign.
+
+    size: max(M * largest, m * other), M the largest magnitude and m the largest of the other sign
+    (0 if there is none). down: whether M is of a negative value, as `points_down`: the scale is
+    then `size`, else -size. With 1/8 and clip/7 M falls on -8, or nearer to 0 where m needs more
+    room than that: tokens of +c and -c alone, as a Hadamard makes them of a single value, would
+    have half of their values cut from 8 to 7 by M / 8.
+    """
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    below = -low
+    first = torch.maximum(below, high) * largest
+    second = torch.minimum(below, high).clamp_min(0) * other
+    return torch.maximum(first, second), below >= high
+
+
 def weight_scales(
     weight: Tensor,
     bits: int = 4,

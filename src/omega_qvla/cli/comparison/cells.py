@@ -18,7 +18,10 @@ from omega_qvla.cli.comparison.arms import ArmSpec
 from omega_qvla.cli.comparison.observations import calibration_set
 from omega_qvla.cli.comparison.plan import OUTLIERS, Comparison
 from omega_qvla.cli.parsing import SIDES
+from omega_qvla.config.recipe import Recipe
+from omega_qvla.errors import RecipeError
 from omega_qvla.pack.merge import merge_packs
+from omega_qvla.pack.reader import read_manifest
 from omega_qvla.pack.verify import verify_pack
 from omega_qvla.policies.base import Policy
 from omega_qvla.policies.outliers import add_outliers
@@ -58,7 +61,7 @@ class Cell:
 class Builder:
     """Makes the packs of one cell; the checkpoint is loaded once, each calibration kept.
 
-    What is there already is only verified.
+    What is there already is only verified, if it is of the arm's recipe: names outlive recipes.
     """
 
     def __init__(self, cell: Cell, say: Say) -> None:
@@ -74,7 +77,7 @@ class Builder:
     def build(self, arm: ArmSpec) -> float | None:
         """Make and verify the pack of an arm. Returns seconds, None if it was there already."""
         path, start, built = self.cell.pack(arm.name), time.perf_counter(), False
-        if not path.exists():
+        if not self._is_there(path, arm):
             samples, calibration = self._calibration(arm)
             self._say(f"{self.cell}: building {arm.name}")
             start, built = time.perf_counter(), True
@@ -105,9 +108,19 @@ class Builder:
             return
         parts = self.cell.plan.parts(self.cell.name, self.cell.variant, arm.name)
         for side, part in zip(SIDES, parts, strict=True):
-            if not part.exists():
+            if not self._is_there(part, arm):
                 build(part, (side,))
         merge_packs(parts, out)
+
+    def _is_there(self, path: Path, arm: ArmSpec) -> bool:
+        """Whether `path` is a pack of the arm; one of another recipe is removed."""
+        if not path.exists():
+            return False
+        if _recipe_of(path) == arm.recipe:
+            return True
+        self._say(f"{self.cell}: {path.name} is of another recipe than {arm.name}, made again")
+        path.unlink()
+        return False
 
     def _calibration(self, arm: ArmSpec) -> tuple[ObservationSet, Calibration]:
         """Observations and statistics, shared by all arms that take as many observations."""
@@ -133,6 +146,14 @@ class Builder:
         )
         calibration.save(path)
         return calibration
+
+
+def _recipe_of(path: Path) -> Recipe | None:
+    """What a pack was made by; None if that is no recipe (any more)."""
+    try:
+        return Recipe.from_dict(read_manifest(path).recipe)
+    except RecipeError:
+        return None
 
 
 def _make_outliers(cell: Cell) -> None:

@@ -15,7 +15,7 @@ _ARMS = {
     "denoising step and channel; computed in floating point, since those scales do not factor "
     "out of an integer product; its rotations are stored and count as bytes",
     "omega": "W4A4 made for integer arithmetic: robust smoothing, Hadamard rotation, GPTQ, scales "
-    "per token and group of 64 channels, a rank-4 residual in the action head",
+    "with a sign per token and group of 64 channels, a rank-4 residual in the action head",
 }
 _NOTES = (
     "The policies are small ones, trained for this.",
