@@ -23,7 +23,7 @@ def need(*programs: str) -> None:
 
 
 def build_check(folder: Path, flags: str, *options: str) -> Path:
-    """csrc/check.cpp built with these compiler flags."""
+    """csrc/check.cpp built with these compiler flags, `check_rows` (its neighbour) too."""
     need("cmake")
     configure = ["cmake", "-S", str(ROOT / "cmake" / "check"), "-B", str(folder)]
     configure += [f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Release", *options]
@@ -49,6 +49,7 @@ def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     flags = f"-g -fsanitize={sanitizer} -fno-sanitize-recover=all"
     program = build_check(tmp_path, flags, "-DCMAKE_CXX_COMPILER=g++")
     run_check([str(program), "40"], "portable", DIGEST, "0 failures")
+    run_check([str(program.with_name("check_rows")), "60"], "portable", "60 cases, 0 failures")
 
 
 def test_aarch64_under_emulation(tmp_path: Path) -> None:
@@ -65,6 +66,9 @@ def test_aarch64_under_emulation(tmp_path: Path) -> None:
     run_check(neon, "neon-dotprod", DIGEST, "0 failures")
     plain = ["qemu-aarch64", "-cpu", "cortex-a53", str(program), "40"]
     run_check(plain, "portable", DIGEST, "0 failures")
+    rows = str(program.with_name("check_rows"))
+    run_check(["qemu-aarch64", "-cpu", "max", rows, "40"], "neon-dotprod", "40 cases, 0 failures")
+    run_check(["qemu-aarch64", "-cpu", "cortex-a53", rows, "10"], "portable", "0 failures")
 
 
 @pytest.mark.slow
