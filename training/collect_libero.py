@@ -42,6 +42,7 @@ from omega_qvla.envs.libero import LiberoEnv
 from omega_qvla.envs.libero_files import suite_tasks
 from omega_qvla.envs.libero_oracle import PickAndPlace, oracle
 from omega_qvla.envs.libero_protocol import SUITES, libero_protocol
+from omega_qvla.evaluation.environment import versions
 from omega_qvla.policies.images import resize_with_pad
 
 #: Starts reserved per episode: failures use some up without shifting other episodes.
@@ -186,7 +187,7 @@ def plan(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def write_manifest(out: Path, options: dict[str, Any]) -> None:
-    """Describe what is there in `manifest.json`: protocol, assets, episodes, steps, pictures."""
+    """Describe what is there in `manifest.json`: protocol, assets, versions, counts by task."""
     tasks: dict[str, dict[str, int]] = {}
     for path in sorted(out.glob("*.npz")):
         with np.load(path) as file:
@@ -197,7 +198,7 @@ def write_manifest(out: Path, options: dict[str, Any]) -> None:
             entry["attempts"] += int(file["attempts"])
             entry["steps"] += len(file["actions"])
             entry["images"] += len(file["step"])
-    manifest = {**LiberoEnv.fingerprint(**options), "tasks": tasks}
+    manifest = LiberoEnv.fingerprint(**options) | {"versions": versions("libero"), "tasks": tasks}
     temporary = out / "manifest.tmp"
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(temporary, out / "manifest.json")

@@ -11,5 +11,5 @@ import pytest
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "training"))
-    for name in ("collect_libero", "configs", "data", "export", "families", "train"):
+    for name in ("card", "collect_libero", "configs", "data", "export", "families", "train"):
         monkeypatch.delitem(sys.modules, name, raising=False)
