@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,42 @@ def test_frozen_and_without_torch() -> None:
         preset("rtn").name = "other"  # type: ignore[misc]
     code = "import sys, omega_qvla.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ActivationScheme("per_step_group", signed=True), "activation.signed is for the"),
+        (lambda: ActivationScheme("none", signed=True), "activation.signed is for the per_token"),
+        (lambda: ActivationScheme("per_token", clip=1.2, signed=True), "must lie in \\(0, 1.143"),
+        (lambda: ActivationScheme("per_token", clip=1.05), "must lie in \\(0, 1]"),
+        (lambda: WeightScheme(bits=16, signed=True), "weight.signed"),
+        (
+            lambda: Scheme(
+                weight=WeightScheme(signed=True), smoothing=Smoothing(), learning=Learning()
+            ),
+            "leave `signed` false",
+        ),
+    ],
+)
+def test_signed_is_refused_where_it_means_nothing(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+def test_recipes_from_before_signed_scales_keep_their_text() -> None:
+    """The digest is of what was written before the field existed: hashes in packs hold."""
+    assert "signed" not in json.dumps([preset(name).to_dict() for name in PRESETS])
+    text = json.dumps(preset("omega").to_dict(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest.startswith("b78ed09dd456170d")
+
+
+def test_signed_scales_are_written_and_read() -> None:
+    scheme = Scheme(
+        weight=WeightScheme(signed=True), activation=ActivationScheme("per_token", signed=True)
+    )
+    recipe = Recipe("mine", SideRecipe(scheme), None)
+    plain = recipe.to_dict()["backbone"]["scheme"]
+    assert plain["weight"]["signed"] is True and plain["activation"]["signed"] is True
+    assert Recipe.from_dict(recipe.to_dict()) == recipe

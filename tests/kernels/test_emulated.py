@@ -234,3 +234,43 @@ def test_the_input_is_left_alone_and_calls_do_not_interfere(kind: str) -> None:
         kernel(random(9, 64, seed=1), None)
         again = kernel(x, None)
     assert torch.equal(x, before) and torch.equal(first, again)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: f"{r.kind}{int(r.randomized)}")
+@pytest.mark.parametrize("kind", DYNAMIC)
+@pytest.mark.parametrize("group", [None, 48])
+@pytest.mark.parametrize("width", [96, 112])
+def test_signed_scales_equal_the_oracle(
+    rotation: Rotation, kind: str, group: int | None, width: int
+) -> None:
+    """Tokens of zeros, and of two values as large with either sign, among them."""
+    scheme = Scheme(
+        rotation=rotation,
+        weight=WeightScheme(group=group, rank=2, signed=True),
+        activation=ActivationScheme(kind, group=32, clip=1.05, signed=True),  # type: ignore[arg-type]
+    )
+    layer = make(scheme, width, None)
+    x = tokens(12, width, seed=5)[0]
+    x[0], x[1] = 0.0, torch.tensor([2.0, -2.0]).repeat(width // 2)
+    agree(layer, x, None)
+
+
+def test_signed_inputs_use_every_integer_and_zeros_stay_zeros() -> None:
+    activation = ActivationScheme("per_token_group", group=16, signed=True)
+    layer = make(Scheme(activation=activation), 64, None)
+    u = random(300, 64, seed=8)
+    u[0] = 0.0
+    q, scale = reference.quantize_input(u, layer, None)
+    assert set(q.unique().tolist()) == set(range(-8, 8))
+    blocks = u.view(300, 4, 16)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    assert torch.equal(scale > 0, largest <= 0)
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert not q[0].any() and bool((scale[0] > 0).all())
+    unsigned = make(Scheme(activation=dataclasses.replace(activation, signed=False)), 64, None)
+    q7, scale7 = reference.quantize_input(u, unsigned, None)
+    errors = [
+        float((blocks - integers.view(300, 4, 16) * steps.unsqueeze(-1)).square().sum())
+        for integers, steps in ((q, scale), (q7, scale7))
+    ]
+    assert errors[0] < 0.86 * errors[1]

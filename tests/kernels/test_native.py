@@ -433,3 +433,36 @@ def test_a_forked_child_works_alone() -> None:
     finally:
         torch.set_num_threads(1)
     assert status == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_weights_of_signed_scales_have_the_bits_of_the_oracle(
+    isa: str, kind: str, group: int | None, rank: int
+) -> None:
+    scheme = Scheme(
+        rotation=Rotation("hadamard", block=32),
+        weight=WeightScheme(group=group, rank=rank, signed=True),
+        activation=ActivationScheme(kind, group=64, clip=0.95),  # type: ignore[arg-type]
+        smoothing=Smoothing(),
+    )
+    for width, out, rows in ((160, 40, 9), (320, 130, 50)):
+        layer = make(scheme, width, 3, out)
+        assert bool((layer.weight_scale < 0).any()) and bool((layer.weight_scale > 0).any())
+        x = tokens(rows, width, 3, seed=rows)[1]
+        expected = reference.linear(x, layer, Step(1, 3))
+        assert torch.equal(NativeLayer(layer, isa)(x, Step(1, 3)), expected)
+
+
+def test_signed_activations_are_refused_by_name_and_auto_emulates() -> None:
+    layer = make(Scheme(activation=ActivationScheme("per_token", signed=True)), 64, None)
+    with pytest.raises(BackendError, match=r"activation\.signed"):
+        NativeBackend().prepare(layer, CPU)
+    with pytest.raises(BackendError, match=r"activation\.signed"):
+        resolve_backend("native", [layer])
+    assert resolve_backend("auto", [layer]).name == "emulated"
+    weights = make(
+        Scheme(Rotation(), WeightScheme(signed=True), ActivationScheme("per_token")), 64, None
+    )
+    assert resolve_backend("auto", [weights]).name == "native"

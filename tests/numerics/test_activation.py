@@ -150,3 +150,26 @@ def test_expand_static() -> None:
     assert row.tolist() == [1, 1, 2]
     with pytest.raises(NumericsError, match="where 5 are due"):
         expand_static(torch.ones(4), 5, "per_step_channel", 64)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.9, 8 / 7])
+def test_signed_dynamic_scales(clip: float) -> None:
+    x = random(200, 64, seed=6)
+    q, scale = quantize_per_token_group(x, 4, 16, clip, signed=True)
+    blocks = x.view(200, 4, 16)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    assert torch.allclose(scale, -largest * (clip / 8), rtol=1e-6)
+    expected = (blocks.double() / scale.double().unsqueeze(-1)).round().clamp(-8, 7)
+    assert float((q.view(200, 4, 16) != expected).double().mean()) < 1e-3
+    assert bool((q.view(200, 4, 16).amin(-1) <= (-8 if clip <= 1 else -7)).all())
+
+
+def test_signed_scales_round_normal_tokens_more_finely() -> None:
+    """Measured: 0.80 of the squared error of absmax / 7 with clip 1."""
+    x = random(500, 64, seed=7)
+
+    def error(signed: bool) -> float:
+        q, scale = quantize_per_token(x, 4, 1.0, signed)
+        return float((q * scale - x).square().sum())
+
+    assert error(True) < 0.86 * error(False)

@@ -69,6 +69,7 @@ def test_plain_layers_hold_little() -> None:
         ({"weight_scale": torch.ones(20, 5)}, "weight_scale must be torch.float16"),
         ({"weight_scale": torch.zeros(20, 5).half()}, "weight_scale is not finite and positive"),
         ({"smooth": torch.full((40,), float("inf")).half()}, "smooth is not finite"),
+        ({"weight_scale": -torch.ones(20, 5).half()}, "weight_scale is not finite and positive"),
         ({"act_scale": -torch.ones(3, 5)}, "act_scale is not finite and positive"),
         ({"signs": torch.ones(40, dtype=torch.int8)}, "has no use for signs"),
         ({"qweight": torch.zeros(20, 19, dtype=torch.uint8)}, "qweight must be"),
@@ -79,3 +80,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     layer = make()
     with pytest.raises(NumericsError, match=message):
         dataclasses.replace(layer, **change)  # type: ignore[arg-type]
+
+
+def test_signed_weights_may_have_negative_scales_but_no_zeros() -> None:
+    layer = make(Scheme(weight=WeightScheme(group=8, signed=True)), steps=None)
+    assert bool((layer.weight_scale < 0).any()) and bool((layer.weight_scale > 0).any())
+    for impossible in (0.0, float("inf"), float("nan")):
+        broken = layer.weight_scale.clone()
+        broken[3, 1] = impossible
+        with pytest.raises(NumericsError, match="weight_scale is zero or not finite"):
+            dataclasses.replace(layer, weight_scale=broken)

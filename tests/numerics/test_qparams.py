@@ -13,8 +13,11 @@ from omega_qvla.numerics.qparams import (
     expand_groups,
     group_count,
     qrange,
+    rounding_error,
     split_groups,
+    storable,
     weight_scales,
+    widest_scale,
 )
 
 GRID_NAMES = ("paper", "fine", "max")
@@ -123,3 +126,44 @@ def test_groups_expand_and_split() -> None:
     with pytest.raises(NumericsError, match="at least one column"):
         weight_scales(torch.ones(1, 4), group=0)
     assert split_groups(torch.arange(5.0), 2).tolist() == [[0, 1], [2, 3], [4, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_signed_scale_takes_the_largest_to_the_lowest_integer(bits: int) -> None:
+    low, _ = qrange(bits)
+    weight = random(50, 48, seed=bits)
+    blocks = split_groups(weight, 16)
+    scale = widest_scale(blocks, bits, signed=True)
+    at = blocks.abs().argmax(-1, keepdim=True)
+    largest = blocks.gather(-1, at).squeeze(-1)
+    assert torch.equal((largest / scale).round(), torch.full_like(scale, low))
+    assert torch.equal(scale > 0, largest < 0)
+    assert torch.allclose(scale.abs(), largest.abs() / -low)
+
+
+def test_of_two_as_large_the_negative_one_counts_and_zeros_keep_a_positive_scale() -> None:
+    blocks = torch.tensor([[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0], [1.0, 3.0]])
+    assert widest_scale(blocks, 4, signed=True).tolist() == [0.375, 0.375, 0.0, -0.375]
+    assert weight_scales(blocks, grid="max", signed=True)[2].item() == 1.0
+
+
+@pytest.mark.parametrize("grid", GRID_NAMES)
+@pytest.mark.parametrize("group", [None, 64])
+def test_signed_scales_round_more_finely(grid: str, group: int | None) -> None:
+    """Of normal weights 4 to 25% of the squared error goes; measured, the least of the grids."""
+    weight = random(64, 256, seed=3)
+    plain, signed = (
+        weight_scales(weight, 4, group, grid, store=torch.float16, signed=sign)  # type: ignore[arg-type]
+        for sign in (False, True)
+    )
+    blocks = split_groups(weight, group)
+    before, after = (float(rounding_error(blocks, s, 4).sum()) for s in (plain, signed))
+    assert after < 0.97 * before
+    assert torch.equal(signed, signed.half().float())
+
+
+def test_a_negative_scale_is_stored_with_its_sign() -> None:
+    scale = torch.tensor([-1e-12, 1e-12, -0.1, 0.0, -1e9])
+    stored = storable(scale, torch.float16)
+    assert stored.sign().tolist() == [-1, 1, -1, 1, -1]
+    assert bool((stored != 0).all()) and torch.equal(stored, stored.half().float())

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from omega_qvla.config.recipe import ActivationScheme, Scheme, WeightScheme
 from omega_qvla.errors import PackError
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.pack import files, read_manifest, read_pack, write_pack
-from pack.layers import SCHEMES, all_layers, make_layer, make_manifest
+from omega_qvla.numerics.quantize_layer import quantize_layer
+from omega_qvla.pack import files, read_manifest, read_pack, verify_pack, write_pack
+from pack.layers import SCHEMES, all_layers, make_layer, make_manifest, random_weight
 
 
 def same_layer(one: QuantizedLayer, other: QuantizedLayer) -> bool:
@@ -113,3 +115,20 @@ def test_refuses_to_write_nonsense(tmp_path: Path) -> None:
     with pytest.raises(PackError, match="cannot be written"):
         write_pack(tmp_path / "no" / "a", make_manifest(), {"net.0": layer})
     assert not list(tmp_path.iterdir())
+
+
+def test_signed_scales_survive_and_verify(tmp_path: Path) -> None:
+    scheme = Scheme(
+        weight=WeightScheme(signed=True), activation=ActivationScheme("per_token", signed=True)
+    )
+    weight, bias = random_weight(0)
+    layer = quantize_layer("n", "backbone", weight, bias, scheme, None, None)
+    assert bool((layer.weight_scale < 0).any())
+    write_pack(tmp_path / "a", make_manifest(), {"n": layer})
+    assert same_layer(read_pack(tmp_path / "a").layers["n"], layer)
+    assert all(check.passed for check in verify_pack(tmp_path / "a"))
+
+
+def test_what_came_later_is_not_in_older_manifests(tmp_path: Path) -> None:
+    write_pack(tmp_path / "a", make_manifest(), all_layers())
+    assert b"signed" not in (tmp_path / "a").read_bytes()

@@ -65,6 +65,11 @@ def _all(*changes: Change) -> Change:
     return apply
 
 
+#: A scale's sign takes the largest value to -8. Nothing is left to clip: with 7 for the largest
+#: value, 0.95 of absmax is 0.95 * 8/7 = 1.09 of what the sign makes of it.
+_SIGNED_INPUTS = _activation(signed=True, clip=1.0)
+_SIGNED_WEIGHTS = _weight(signed=True)
+_SIGNED = _all(_SIGNED_INPUTS, _SIGNED_WEIGHTS)
 _POOLED = _activation(pooled=True)
 #: The published recipe's parts. Rotation alone with the one static scale per channel and step
 #: is its table's "per-step" column; `pooled` is the column without.
@@ -135,6 +140,14 @@ _OMEGA: Mapping[str, Change] = {
     "rank-4-in-both": _weight(rank=4),
     "rank-8-in-both": _weight(rank=8),
     "rank-32-in-both": _weight(rank=32),
+    "signed-activations": _SIGNED_INPUTS,
+    "signed-weights": _SIGNED_WEIGHTS,
+    "signed": _SIGNED,
+    "signed+clip-0.95": _all(_SIGNED, _activation(clip=0.95)),
+    "signed+clip-1.05": _all(_SIGNED, _activation(clip=1.05)),
+    "signed+weight-group-64": _all(_SIGNED, _weight(group=64)),
+    "signed+rank-32": _all(_SIGNED, _weight(rank=32)),
+    "signed+rank-32+weight-group-64": _all(_SIGNED, _weight(rank=32, group=64)),
 }
 #: SVDQuant's rank is 32 at widths of thousands; on a network a tenth as wide that is half of the
 #: 16-bit bytes. With rank 4 its branch is as large, relative to the width, as in its paper.

@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -35,6 +35,13 @@ ActivationKind = Literal[
     "per_step_channel",
 ]
 RECIPE_VERSION = 1
+# Of a field that came after packs had been written: left out of what is written where it has its
+# default, so that older recipes keep their text and their hashes.
+_LATER = "later"
+
+
+def _later(default: Any) -> Any:
+    return field(default=default, metadata={_LATER: True})
 
 
 def _need(condition: bool, message: str) -> None:
@@ -123,6 +130,8 @@ class WeightScheme:
     exact ones, so that it does not trade large weights against each other that would carry
     rounding noise; dynamic activation kinds only.
     damp, block, act_order: of the two GPTQ methods; rank: low-rank part kept in 16 bits.
+    signed: scales have a sign, so that the largest weight of a row or group maps to the integer
+    of largest magnitude (-8 of -8..7): candidates are fractions of absmax/8 instead of absmax/7.
     """
 
     bits: int = 4
@@ -135,6 +144,7 @@ class WeightScheme:
     rank: int = 0
     clip: float = 1.0
     rounded_inputs: bool = False
+    signed: bool = _later(False)
 
     def __post_init__(self) -> None:
         _choice("weight.method", self.method, WeightMethod)
@@ -146,6 +156,8 @@ class WeightScheme:
         _need(rtn or self.grid != "output", "weight.grid `output` goes with method rtn")
         _need(rtn or self.clip == 1.0, "weight.clip goes with method rtn")
         _need(not (rtn and self.rounded_inputs), "weight.rounded_inputs goes with GPTQ")
+        kept = self.bits == 16
+        _need(not (kept and self.signed), "weight.signed: weights of 16 bits have no grid to turn")
         _need(0 < self.clip <= 1, f"weight.clip must lie in (0, 1], not {self.clip}")
         _need(self.group is None or self.group > 0, "weight.group must be positive or null")
         _need(self.damp > 0, f"weight.damp must be positive, not {self.damp}")
@@ -162,6 +174,9 @@ class ActivationScheme:
     clip: fraction of a dynamic absmax that is kept. percentile: of |x|, for static scales.
     pooled: static scales from the tokens of all steps together, the same in every step.
     bits: 4, 8, or 6, which no integer kernel has: emulated only.
+    signed: dynamic scales have a sign, so that the value of largest magnitude maps to the integer
+    of largest magnitude (-8 of -8..7), and are clip * absmax / 8 instead of / 7. A clip of up to
+    8/7, where the two meet, is then possible. Emulated only.
     """
 
     kind: ActivationKind = "none"
@@ -170,6 +185,7 @@ class ActivationScheme:
     clip: float = 1.0
     percentile: float = 99.9
     pooled: bool = False
+    signed: bool = _later(False)
 
     def __post_init__(self) -> None:
         _choice("activation.kind", self.kind, ActivationKind)
@@ -179,13 +195,27 @@ class ActivationScheme:
             f"activation.pooled is for the per_step kinds; {self.kind} has no table to pool",
         )
         _need(self.group > 0, f"activation.group must be positive, not {self.group}")
-        _need(0 < self.clip <= 1, f"activation.clip must lie in (0, 1], not {self.clip}")
+        _need(
+            self.dynamic or not self.signed,
+            f"activation.signed is for the per_token kinds; {self.kind} has no scale that is made "
+            "from its input",
+        )
+        most = 1 + 1 / (2 ** (self.bits - 1) - 1) if self.signed else 1.0
+        _need(
+            0 < self.clip <= most,
+            f"activation.clip must lie in (0, {most:.4g}], not {self.clip}",
+        )
         _need(0 < self.percentile <= 100, "activation.percentile must lie in (0, 100]")
 
     @property
     def static(self) -> bool:
         """Whether a calibrated table is looked up by the running denoising step."""
         return self.kind.startswith("per_step")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are made from the input itself."""
+        return self.kind.startswith("per_token")
 
 
 @dataclass(frozen=True)
@@ -221,6 +251,8 @@ class Scheme:
                 self.smoothing is not None and plain and self.weight.rank == 0,
                 "learning takes a smoothing to start from, and neither rotation, GPTQ nor rank",
             )
+            signed = self.weight.signed or self.activation.signed
+            _need(not signed, "learning moves positive scales; leave `signed` false")
 
     @property
     def native(self) -> bool:
@@ -286,8 +318,8 @@ class Recipe:
         return side
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars, every field spelled out."""
-        plain: dict[str, Any] = _plain(self)
+        """Plain dicts, lists and scalars, as `to_plain` has them."""
+        plain: dict[str, Any] = to_plain(self)
         return plain
 
     @classmethod
@@ -321,11 +353,20 @@ def dump_yaml(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     os.replace(temporary, target)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A recipe or a part of one as plain dicts, lists and scalars.
+
+    Every field is spelled out, but for those that were added after packs had been written
+    (`signed`): these appear only where they differ from their default.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: to_plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get(_LATER) and getattr(value, f.name) == f.default)
+        }
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value
 
 

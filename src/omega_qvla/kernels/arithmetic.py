@@ -51,9 +51,12 @@ def tail_factor(block: int, size: int) -> float:
 
 
 def clip_factor(layer: QuantizedLayer) -> float:
-    """Dynamic scale over absmax before the norm: clip / qmax * norm, in float32."""
+    """Dynamic scale over absmax before the norm: clip / qmax * norm, in float32; signed scales
+    have -qmin in place of qmax."""
     activation = layer.scheme.activation
-    return float(torch.tensor(activation.clip) / qrange(activation.bits)[1] * rotation_norm(layer))
+    low, high = qrange(activation.bits)
+    largest = -low if activation.signed else high
+    return float(torch.tensor(activation.clip) / largest * rotation_norm(layer))
 
 
 def round_scale(scale: Tensor, layer: QuantizedLayer) -> Tensor:

@@ -22,7 +22,7 @@ from omega_qvla.kernels.prologue import build_prologue, dense_blocks
 from omega_qvla.kernels.reference import every_scheme
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, qrange
+from omega_qvla.numerics.qparams import expand_groups, points_down, qrange
 from omega_qvla.numerics.rotation import apply_blocks
 from omega_qvla.numerics.rtn import dequantize
 
@@ -111,6 +111,8 @@ def _quantizer(layer: QuantizedLayer) -> _Quantizer:
 
         def dynamic(u: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
             scale = u.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(arithmetic.TINY)
+            if act.signed:
+                scale = torch.where(points_down(u), scale, -scale)
             if grouped:
                 scale = scale.bfloat16().float()  # `arithmetic.round_scale`
             return torch.mul(u, norm / scale).round_().clamp_(low, high), scale

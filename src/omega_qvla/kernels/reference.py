@@ -12,6 +12,10 @@ float32, rounded, in this order (docs/native.md has the reasons):
 3.  scale = max(absmax(u) * (clip / qmax * norm), smallest normal float), or from the static
     table; scales of groups are rounded to bfloat16. q = u * (norm / scale), to the nearest
     integer, halves to even, cut to qmin .. qmax.
+    Signed scales: with e the value of largest magnitude (the negative one of two), scale =
+    max(|e| * (clip / -qmin * norm), smallest normal float), negative where e > 0, so that e
+    falls on qmin or is cut to it; then as above, the sign being kept by every step. Weight
+    scales of either sign need nothing: products and sums round alike on both sides of zero.
 4.  Integer sums of each segment (`arithmetic.segmentation`): exact, converted to float32. Each is
     multiplied by the group's activation scale, where groups have one, then by the group's weight
     scale, likewise, and added to the segments before it.
@@ -36,7 +40,7 @@ from omega_qvla.numerics.activation import expand_static
 from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, qrange
+from omega_qvla.numerics.qparams import expand_groups, points_down, qrange
 from omega_qvla.numerics.rotation import apply_blocks, undo_output_rotation
 
 ACTIVATION_KINDS = frozenset(
@@ -125,8 +129,12 @@ def quantize_input(
         assert layer.act_scale is not None
         scale = layer.act_scale[table_row(layer, step)].expand(u.shape[0], -1)
     else:
-        peak = torch.stack([part.abs().amax(1) for part in torch.split(u, group, dim=1)], dim=1)
+        parts = torch.split(u, group, dim=1)
+        peak = torch.stack([part.abs().amax(1) for part in parts], dim=1)
         scale = (peak * arithmetic.clip_factor(layer)).clamp_min(arithmetic.TINY)
+        if act.signed:
+            down = torch.cat([points_down(part) for part in parts], dim=1)
+            scale = torch.where(down, scale, -scale)
     scale = arithmetic.round_scale(scale, layer)
     inverse = arithmetic.inverse_scale(scale, layer)
     inverse = expand_groups(inverse, width, group)
@@ -215,6 +223,7 @@ def every_scheme(name: str) -> Capabilities:
         frozenset({"cpu", "cuda"}),
         weight_bits=WEIGHT_BITS,
         two_rotations=True,
+        signed_activations=True,
     )
 
 

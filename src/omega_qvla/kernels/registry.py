@@ -43,6 +43,7 @@ class Capabilities:
     group_multiple: groups of inputs that share a scale must be multiples of this.
     weight_bits: widths of the stored integers.
     two_rotations: whether it rotates before the permutation too (`duquant`).
+    signed_activations: whether dynamic activation scales may be negative.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Capabilities:
     group_multiple: int = 1
     weight_bits: frozenset[int] = frozenset({2, 3, 4})
     two_rotations: bool = False
+    signed_activations: bool = False
 
     def obstacle(self, scheme: Scheme) -> str | None:
         """Why the scheme cannot run here, or None if it can."""
@@ -67,6 +69,8 @@ class Capabilities:
             return f"{scheme.weight.bits}-bit weights are not supported"
         if scheme.rotation.kind == "duquant" and not self.two_rotations:
             return "two rotations around a permutation (duquant) are not supported"
+        if scheme.activation.signed and not self.signed_activations:
+            return "signed activation scales (activation.signed) are not supported"
         groups = [] if scheme.weight.group is None else [scheme.weight.group]
         if scheme.activation.kind in ("per_token_group", "per_step_group"):
             groups.append(scheme.activation.group)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.errors import CalibrationError, NumericsError
-from omega_qvla.numerics.qparams import expand_groups, qrange, split_groups
+from omega_qvla.numerics.qparams import expand_groups, qrange, split_groups, widest_scale
 
 # Fractions of absmax tried for a static scale by squared error: geometric, 1 .. 1/100; one
 # massive token among thousands pulls the optimum far below its absmax.
@@ -22,25 +22,28 @@ def _round(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (x / scale).round_().clamp_(low, high)
 
 
-def quantize_per_token(x: Tensor, bits: int = 4, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Each token (row of x [..., in]) on its own grid: scale = clip * absmax / qmax.
+def quantize_per_token(
+    x: Tensor, bits: int = 4, clip: float = 1.0, signed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Each token (row of x [..., in]) on its own grid: scale = clip * absmax / qmax, or, signed,
+    clip * absmax / -qmin, negative where the value of largest magnitude is positive.
 
     Returns (q [..., in], scale [..., 1]); a zero token has scale 1.
     """
-    scale = x.abs().amax(-1, keepdim=True).mul_(clip / qrange(bits)[1])
+    scale = widest_scale(x, bits, clip, signed).unsqueeze(-1)
     scale.masked_fill_(scale == 0, 1.0)
     return _round(x, scale, bits), scale
 
 
 def quantize_per_token_group(
-    x: Tensor, bits: int = 4, group: int = 64, clip: float = 1.0
+    x: Tensor, bits: int = 4, group: int = 64, clip: float = 1.0, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Each group of `group` channels of each token on its own grid.
 
     Returns (q [..., in], scale [..., n_groups]); an all-zero group has scale 1. The last
     group is short where `group` does not divide the width.
     """
-    q, scale = quantize_per_token(split_groups(x, group), bits, clip)
+    q, scale = quantize_per_token(split_groups(x, group), bits, clip, signed)
     return q.flatten(-2)[..., : x.shape[-1]], scale.squeeze(-1)
 
 

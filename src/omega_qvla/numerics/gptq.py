@@ -143,6 +143,7 @@ def gptq(
     *,
     store: torch.dtype | None = None,
     consume: bool = False,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Full GPTQ of weight [out, in] under hessian [in, in].
 
@@ -155,7 +156,8 @@ def gptq(
     float32 products).
 
     damp: relative to mean(diag H). store: dtype in which scales must be exact (float16 in a
-    pack). consume: the hessian may be overwritten, which saves its copy. Returns
+    pack). consume: the hessian may be overwritten, which saves its copy. signed: scales have the
+    sign that takes the largest weight to qmin, see `weight_scales`. Returns
     (q int8 [out, in], scale [out, n_groups]).
 
     Raises:
@@ -164,7 +166,7 @@ def gptq(
     _check(weight, hessian)
     weight = weight if weight.dtype == torch.float64 else weight.float()
     with phase("scales"):
-        scale = weight_scales(weight, bits, group, grid, store=store)
+        scale = weight_scales(weight, bits, group, grid, store=store, signed=signed)
         nearest = round_weight(weight, scale, bits, group)
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
@@ -218,6 +220,7 @@ def gptq_block(
     block: int = 128,
     *,
     store: torch.dtype | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The published GPTQ: every block of `block` columns alone, with its own sub-Hessian.
 
@@ -232,7 +235,7 @@ def gptq_block(
     """
     _check(weight, hessian)
     weight = weight if weight.dtype == torch.float64 else weight.float()
-    scale = weight_scales(weight, bits, group, grid, store=store)
+    scale = weight_scales(weight, bits, group, grid, store=store, signed=signed)
     step = expand_groups(scale, weight.shape[1], group)
     parts = []
     with phase("round"):

@@ -28,7 +28,8 @@ class QuantizedLayer:
     num_steps: denoising steps it was calibrated for; None for a layer outside them.
     qweight: uint8 [out, ceil(in / 2)], see `numerics.packing`; int8 [out, in] for 8 bits;
     f16 [out, in] for 16, the weight itself, with the gain of each row as its scale.
-    weight_scale: f16 [out, groups]. bias: f32 [out]. smooth: f16 [in].
+    weight_scale: f16 [out, groups], of either sign where weights are `signed`.
+    bias: f32 [out]. smooth: f16 [in].
     permutation: int32 [in]. rotation: f16 [n_blocks, B, B], svd kinds;
     [1, B, B], used for every B channels, `duquant`, which has a first_rotation f16 [1, B, B]
     before its permutation too. signs: int8 [in],
@@ -39,7 +40,8 @@ class QuantizedLayer:
     Raises:
         NumericsError: at construction, when a tensor's shape or dtype does not fit, one that
             the scheme needs is missing, or holds what would silently spoil every result: a
-            scale that is not positive, a value that is not finite, a permutation that is none.
+            scale that is not positive (zero, where weights are `signed`), a value that is not
+            finite, a permutation that is none.
     """
 
     name: str
@@ -76,7 +78,7 @@ class QuantizedLayer:
             if getattr(self, name) is not None and name not in expected:
                 raise NumericsError(f"layer {self.name}: its scheme has no use for {name}")
         for name, value in self.tensors().items():
-            fault = _fault(name, value)
+            fault = _fault(name, value, self.scheme.weight.signed)
             if fault is not None:
                 raise NumericsError(f"layer {self.name}: {name} {fault}")
 
@@ -114,8 +116,11 @@ class QuantizedLayer:
         return sum(value.numel() * value.element_size() for value in self.tensors().values())
 
 
-def _fault(name: str, value: Tensor) -> str | None:
+def _fault(name: str, value: Tensor, signed_weights: bool) -> str | None:
     """What is wrong with the values of a tensor of the right shape and dtype, in words."""
+    if name == "weight_scale" and signed_weights:
+        good = bool((torch.isfinite(value) & (value != 0)).all())
+        return None if good else "is zero or not finite"
     if name in ("weight_scale", "smooth", "act_scale"):
         good = bool((torch.isfinite(value) & (value > 0)).all())
         return None if good else "is not finite and positive"

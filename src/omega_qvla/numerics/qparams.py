@@ -2,7 +2,9 @@
 
 All weight quantization is symmetric: w ~ s * q with q in [-2^(bits-1), 2^(bits-1) - 1] and
 qmax = 2^(bits-1) - 1. A scale is chosen by squared error over a few candidates: a scale below
-absmax/qmax clips the largest weights and rounds all others more finely.
+absmax/qmax clips the largest weights and rounds all others more finely. A signed scale turns the
+grid so that the largest weight falls on -2^(bits-1), the integer of largest magnitude (llama.cpp's
+Q4_0 does so): absmax/8 then takes the place of absmax/7.
 """
 
 from __future__ import annotations
@@ -67,6 +69,27 @@ def check_weight(weight: Tensor) -> None:
         raise NumericsError("a weight has values that are not finite")
 
 
+def points_down(values: Tensor) -> Tensor:
+    """values [..., n] -> bool [..., 1]: the value of largest magnitude is negative, or all are
+    zero; of two that are as large the negative one counts."""
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    return -low >= high
+
+
+def widest_scale(blocks: Tensor, bits: int, clip: float = 1.0, signed: bool = False) -> Tensor:
+    """blocks [..., n] -> [...]: the scale at which the value of largest magnitude, times `clip`,
+    falls on the integer of largest magnitude of its side.
+
+    clip * absmax / qmax; signed, clip * absmax / -qmin, negative where that value is positive,
+    so that it falls on qmin.
+    """
+    low, high = qrange(bits)
+    if not signed:
+        return blocks.abs().amax(-1) * (clip / high)
+    scale = blocks.abs().amax(-1) * (clip / -low)
+    return torch.where(points_down(blocks).squeeze(-1), scale, -scale)
+
+
 def weight_scales(
     weight: Tensor,
     bits: int = 4,
@@ -75,14 +98,16 @@ def weight_scales(
     *,
     store: torch.dtype | None = None,
     clip: float = 1.0,
+    signed: bool = False,
 ) -> Tensor:
     """Scales of `weight` [out, in], the best of `grid` by squared rounding error.
 
-    The candidates are fractions of clip * absmax / qmax.
+    The candidates are fractions of `widest_scale`: of clip * absmax / qmax, or, signed, of
+    clip * absmax / -qmin with the sign that takes the largest weight to qmin.
 
-    Returns [out, n_groups] in the weight's dtype; finite and positive, 1 where a group is all
-    zero. With `store` (float16 in a pack) every candidate is rounded to that dtype before it
-    is judged, so the result is exactly what can be stored.
+    Returns [out, n_groups] in the weight's dtype; finite, not zero, positive unless `signed`; 1
+    where a group is all zero. With `store` (float16 in a pack) every candidate is rounded to that
+    dtype before it is judged, so the result is exactly what can be stored.
 
     Raises:
         NumericsError: weight not finite; or its scales do not fit `store`.
@@ -91,7 +116,7 @@ def weight_scales(
     if group is not None and group < 1:
         raise NumericsError(f"a group must have at least one column, not {group}")
     blocks = split_groups(weight, group)
-    absmax_scale = blocks.abs().amax(-1) * (clip / qrange(bits)[1])
+    absmax_scale = widest_scale(blocks, bits, clip, signed)
     _check_storable(absmax_scale, store)
     # Rows are independent; a few at a time stay in the processor's cache for all candidates.
     rows = max(_CACHED // max(weight.shape[1], 1), 1)
@@ -123,21 +148,21 @@ def rounding_error(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def storable(scale: Tensor, store: torch.dtype | None) -> Tensor:
-    """`scale` rounded to dtype `store` (its own if None) and back; zeros become 1.
+    """`scale` rounded to dtype `store` (its own if None) and back, its sign kept; zeros become 1.
 
     A scale below the smallest number of `store` becomes that number: next to a layer's other
     scales (`weight_scales` refuses a layer of nothing else) its weights vanish.
     """
     info = torch.finfo(scale.dtype if store is None else store)
     smallest = info.tiny if store is None else info.smallest_normal * info.eps  # subnormal
-    rounded = scale.clamp(smallest, info.max)
+    rounded = scale.abs().clamp_(smallest, info.max)
     if store is not None:
         rounded = rounded.to(store).to(scale.dtype)
-    return torch.where(scale > 0, rounded, torch.ones_like(scale))
+    return torch.where(scale.abs() > 0, torch.copysign(rounded, scale), torch.ones_like(scale))
 
 
 def _check_storable(scale: Tensor, store: torch.dtype | None) -> None:
-    largest = float(scale.max())
+    largest = float(scale.abs().max())
     if store is None or largest == 0:
         return
     if largest > torch.finfo(store).max:

@@ -224,7 +224,9 @@ def round_to_grid(
             elif w.grid == "output" and stats is not None:
                 scale = output_scales(weight, transform.hessian_(stats.hessian.clone()), w, HALF)
             else:
-                scale = weight_scales(weight, w.bits, w.group, w.grid, store=HALF, clip=w.clip)
+                scale = weight_scales(
+                    weight, w.bits, w.group, w.grid, store=HALF, clip=w.clip, signed=w.signed
+                )
             return round_weight(weight, scale, w.bits, w.group), scale
     with phase("factorize"):
         hessian = transform.hessian_(_own_hessian(stats.hessian, consume))
@@ -232,7 +234,9 @@ def round_to_grid(
             x = transform.activations(sample_tokens(stats.tokens, MOMENT_TOKENS))
             hessian = rounded_moments(hessian, x, scheme.activation)
     if w.method == "gptq_block":
-        return gptq_block(weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, store=HALF)
+        return gptq_block(
+            weight, hessian, w.bits, w.group, w.grid, w.damp, w.block, store=HALF, signed=w.signed
+        )
     return gptq(
         weight,
         hessian,
@@ -244,6 +248,7 @@ def round_to_grid(
         w.act_order,
         store=HALF,
         consume=True,
+        signed=w.signed,
     )
 
 

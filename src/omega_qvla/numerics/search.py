@@ -22,6 +22,7 @@ from omega_qvla.numerics.qparams import (
     split_groups,
     storable,
     weight_scales,
+    widest_scale,
 )
 from omega_qvla.numerics.rtn import dequantize, round_weight
 from omega_qvla.numerics.smoothing import DIVISOR_LIMIT, smoothing_divisor
@@ -49,11 +50,13 @@ def rounded_inputs(x: Tensor, activation: ActivationScheme) -> Tensor:
     if activation.kind == "none":
         return x
     if activation.kind == "per_token":
-        q, scale = quantize_per_token(x, activation.bits, activation.clip)
+        q, scale = quantize_per_token(x, activation.bits, activation.clip, activation.signed)
         return q * scale
     if activation.kind == "per_token_group":
         group = activation.group
-        q, scale = quantize_per_token_group(x, activation.bits, group, activation.clip)
+        q, scale = quantize_per_token_group(
+            x, activation.bits, group, activation.clip, activation.signed
+        )
         return q * expand_groups(scale, x.shape[-1], group)
     raise NumericsError(f"no search with {activation.kind} inputs: only dynamic kinds and none")
 
@@ -86,7 +89,7 @@ def output_error(weight: Tensor, x: Tensor, divisor: Tensor, scheme: Scheme) -> 
         a, b, rest = low_rank_split(w, part.rank)
         exact = inputs @ b @ a.T
     grid = "max" if part.grid == "output" else part.grid
-    scale = weight_scales(rest, part.bits, part.group, grid)
+    scale = weight_scales(rest, part.bits, part.group, grid, signed=part.signed)
     wq = dequantize(round_weight(rest, scale, part.bits, part.group), scale, part.group)
     y = rounded_inputs(inputs, scheme.activation) @ wq.T + exact
     return float((y - x @ weight.T).square().mean())
@@ -124,7 +127,7 @@ def output_scales(
     h = torch.nn.functional.pad(hessian.to(weight.dtype), (0, padded, 0, padded))
     n_groups = h.shape[0] // size
     h = h.view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    absmax = blocks.abs().amax(-1) / high
+    absmax = widest_scale(blocks, scheme.bits, signed=scheme.signed)
     best = storable(absmax, store)
     least = torch.full_like(best, float("inf"))
     for shrink in _SHRINKS:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omega_qvla.config import Recipe, Scheme, SideRecipe
+from omega_qvla.config.recipe import to_plain
 from omega_qvla.errors import PackError, RecipeError
 from omega_qvla.policies.base import SIDES
 
@@ -17,8 +18,9 @@ FORMAT_VERSION = 1
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """A scheme as plain dicts and scalars."""
-    return dataclasses.asdict(scheme)
+    """A scheme as plain dicts and scalars, as `config.recipe.to_plain` has it."""
+    plain: dict[str, Any] = to_plain(scheme)
+    return plain
 
 
 def scheme_from_dict(data: Any) -> Scheme:
