@@ -174,6 +174,14 @@ def openvino_int4(p: Problem) -> Call:
     return _openvino_request(weight, p, config)
 
 
+def ggml_q4_0(p: Problem) -> Call:
+    """4-bit weights in groups of 32, the input rounded to int8 in groups of as many. No bias: the
+    product alone."""
+    import peers_ggml
+
+    return peers_ggml.product(p.weight, p.x, p.threads)
+
+
 PEERS = (
     Peer("torch fp32", 32, torch_float32),
     Peer("torch bf16", 16, torch_bfloat16),
@@ -183,8 +191,5 @@ PEERS = (
     Peer("ort int4 g128", 4, onnx_int4(128)),
     Peer("openvino fp32", 32, openvino_float32),
     Peer("openvino int4", 4, openvino_int4),
+    Peer("llama.cpp Q4_0", 4, ggml_q4_0),
 )
-# Named in the results, so that their absence is not taken for a comparison won.
-UNREACHABLE = {
-    "llama.cpp Q4_0": "its Python package exposes no single product; not built from source here",
-}

@@ -79,9 +79,13 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
         if fits:
             write()
             continue
-        with pytest.raises(BundleError, match=rf"{name} holds a value of 65536 .* ends at 65504"):
+        said = rf"{name} holds a value of 65536 .* ends at 65504"
+        with pytest.raises(CheckpointError, match=said):
             write()
         assert not (folder / "b").exists()
+        with pytest.raises(CheckpointError, match=said):
+            save_policy(policy, folder / "narrow", torch.float16)
+        assert not (folder / "narrow" / "model.safetensors").exists()
 
 
 def test_what_is_not_needed_is_not_there(built: Built, tmp_path: Path) -> None:

@@ -107,11 +107,11 @@ def test_clipping_is_counted_under_signed_scales_too(kind: str) -> None:
     layer = layers["backbone.fc"]
     activation = ActivationScheme(kind, group=16, clip=0.5, signed=True)  # type: ignore[arg-type]
     signed = replace(layer, scheme=replace(layer.scheme, activation=activation))
-    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     blocks = x if kind == "per_token" else x.view(-1, 16)
     q, scale = quantize_per_token(blocks, 4, 0.5, signed=True)
     beyond = ((blocks / scale - q).abs() > 0.5).double().mean()
-    assert clip_rate(x, signed) == pytest.approx(float(beyond)) and beyond > 0.01
+    assert clip_rate(x, signed) == pytest.approx(float(beyond)) and beyond > 0.003
 
 
 def findings(policy: ToyPolicy) -> tuple[LayerFinding, ...]:

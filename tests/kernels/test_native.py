@@ -551,10 +551,10 @@ def test_signed_or_not_what_is_not_finite_stays_so(isa: str, kind: str, bad: flo
 
 def test_a_table_has_no_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled part refuses it too; no recipe can ask for it."""
-    module = cpu._module()
+    module = cpu.compiled()
     assert module is not None
     signed = SimpleNamespace(Linear=lambda **of: module.Linear(**{**of, "signed_scales": True}))
-    monkeypatch.setattr(cpu, "_module", lambda: signed)
+    monkeypatch.setattr(cpu, "compiled", lambda: signed)
     with pytest.raises(ValueError, match="scales of a table have no sign"):
         NativeLayer(integers("per_step_tensor", 64, 24))
 

@@ -132,18 +132,18 @@ def bake(policy: Bundled, steps: int) -> dict[str, Tensor]:
     on the meta device, to learn the shapes.
 
     pi0.5: `time` f32 [T]; `modulations` f32 [2 * layers + 1, 3, T, width] (scale, shift, gate).
-    GR00T: the fields of `StepConditioning`.
+    GR00T: the fields of `StepConditioning` that are there for all steps at once.
     """
     if isinstance(policy, Pi05Policy):
         time = policy.model.time_grid(steps)
-        made = policy.model.conditioning(time).modulations
-        stacked = torch.stack([torch.stack([part[:, 0] for part in m]) for m in made])
+        modulations = policy.model.conditioning(time).modulations
+        stacked = torch.stack([torch.stack([part[:, 0] for part in m]) for m in modulations])
         return {f"{BAKED}time": time, f"{BAKED}modulations": stacked}
     head = policy.model.action_head
     device = head.model.proj_out_1.weight.device
     conditioning = head.conditioning(head.buckets(steps).to(device))
-    fields = dataclasses.fields(conditioning)
-    return {f"{BAKED}{f.name}": getattr(conditioning, f.name) for f in fields}
+    made = {f.name: getattr(conditioning, f.name) for f in dataclasses.fields(conditioning)}
+    return {f"{BAKED}{name}": tensor for name, tensor in made.items() if tensor is not None}
 
 
 def install_baked(policy: Bundled, stored: Mapping[str, Tensor], device: torch.device) -> None:

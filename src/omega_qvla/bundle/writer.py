@@ -35,6 +35,7 @@ from omega_qvla.pack.lock import output_lock
 from omega_qvla.pack.manifest import source_digest
 from omega_qvla.pack.merge import differing_tensors
 from omega_qvla.pack.reader import Pack, read_manifest, read_pack
+from omega_qvla.policies.checkpoint import narrowed
 from omega_qvla.policies.files import write_json
 from omega_qvla.policies.groot_n15.policy import GrootPolicy
 from omega_qvla.policies.registry import CONFIG, read_outline, source_hash
@@ -62,10 +63,11 @@ def write_bundle(
         checkpoint_dir, settings, tokenizer, revision, offline, cache: as of `load_policy`.
 
     Raises:
-        CheckpointError, ConfigError: the checkpoint cannot be loaded.
+        CheckpointError, ConfigError: the checkpoint cannot be loaded, or `options.rest` cannot
+            hold a value of it.
         PackError: the pack is damaged, or of another checkpoint or number of steps.
-        BundleError: `out` exists, is being written or cannot be, the options do not fit the
-            pack, or `options.rest` cannot hold a value.
+        BundleError: `out` exists, is being written or cannot be, or the options do not fit the
+            pack.
     """
     options = options or BundleOptions()
     read_manifest(pack)  # a missing or foreign one is named before anything is written
@@ -182,21 +184,9 @@ def _rest(
             tensor = tensor[row : row + 1]
         dtype = options.dtype
         if dtype is not None and narrows(name, tensor, slimmed.int8):
-            tensor = _narrowed(name, tensor, dtype)
+            tensor = narrowed(name, tensor, dtype)
         tensors[name] = tensor
     return tensors, slimmed
-
-
-def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype. Raises BundleError where a finite value becomes infinite."""
-    narrow = tensor.to(dtype)
-    if not torch.equal(torch.isfinite(narrow), torch.isfinite(tensor)):
-        largest = float(tensor[torch.isfinite(tensor)].abs().max())
-        raise BundleError(
-            f"{name} holds a value of {largest:.6g} and {dtype} ends at "
-            f"{torch.finfo(dtype).max:.6g}; narrow to bfloat16, or keep the checkpoint's dtype"
-        )
-    return narrow
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: Tensor) -> None:

@@ -254,14 +254,29 @@ def write_weights(path: Path, layout: Layout, model: nn.Module, dtype: torch.dty
     """Write `model.safetensors` with every tensor as `dtype`, atomically.
 
     The tie is recorded in the metadata as `safetensors.save_model` does it.
+
+    Raises:
+        CheckpointError: `dtype` cannot hold a value.
     """
     names = {name: stored for stored, name in layout.tied.items()} if layout.stored_tied else {}
     state = {
-        names.get(name, name): tensor.detach().to("cpu", dtype).contiguous()
+        names.get(name, name): narrowed(name, tensor.detach(), dtype).cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     metadata = {"format": "pt", **names}
     write_atomically(path / WEIGHTS, lambda file: save_file(state, file, metadata))
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises CheckpointError where a finite value becomes infinite."""
+    narrow = tensor.to(dtype)
+    if not torch.equal(torch.isfinite(narrow), torch.isfinite(tensor)):
+        largest = float(tensor[torch.isfinite(tensor)].abs().max())
+        raise CheckpointError(
+            f"{name} holds a value of {largest:.6g} and {dtype} ends at "
+            f"{torch.finfo(dtype).max:.6g}; narrow to bfloat16, or keep the checkpoint's dtype"
+        )
+    return narrow
 
 
 def _some(names: list[str], count: int = 5) -> str:
