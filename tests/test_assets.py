@@ -77,3 +77,22 @@ def test_omega_r32_takes_the_bytes_of_svdquant(tmp_path: Path) -> None:
         quantize_policy(policy, recipe, observations(1), out=tmp_path / "r32")
     ).sizes()
     assert 0.48 * sizes.layer_bytes_16bit < sizes.layer_bytes <= 0.505 * sizes.layer_bytes_16bit
+
+
+def test_the_policy_for_libero_shrinks_its_pictures_and_says_what_they_were() -> None:
+    folder = ASSETS / "libero" / "pi05-object"
+    assert (folder / "model.safetensors").stat().st_size < 17e6
+    card = (folder / "README.md").read_text()
+    assert "**substitutes**" in card and "95% interval" in card
+    policy = load_policy(folder)
+    rng = np.random.default_rng(0)
+    shown = {
+        name: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for name in ("base", "wrist")
+    }
+    start = np.array([-0.15, 0.0, 0.26, 3.14, 0.0, -0.09, 0.039, -0.039], np.float32)
+    prompt = "pick up the milk and place it in the basket"
+    chunk = policy.infer(Observation(shown, start, prompt))
+    assert chunk.shape == (10, 7)
+    # Every word of the instruction is one that it knows.
+    tokens, _ = policy.processor.tokenize([prompt], start[None])
+    assert policy.processor.tokenizer.token_to_id("<unk>") not in tokens
