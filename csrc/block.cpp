@@ -158,7 +158,8 @@ int Block::steps() const {
 void Block::check(const BlockArgs& a) const {
     const bool part = a.keep != a.rows;
     if (a.keep < 1 || a.keep > a.rows || (part && (spec_.cross || spec_.causal)) ||
-        (spec_.causal && a.cache.count) || (spec_.cross && !a.cache.count) || (spec_.q_gain && !a.cos) || (spec_.query && a.cos)) {
+        (spec_.causal && a.cache.count) || (spec_.cross && !a.cache.count) ||
+        (spec_.q_gain && !a.cos) || (spec_.query && a.cos)) {
         throw std::invalid_argument("this block does not run so");
     }
 }

@@ -69,7 +69,8 @@ public:
     int width() const { return spec_.in.inputs(); }
     int steps() const;
     // Throws std::invalid_argument for fewer rows of a causal or cross block, for a cache of a
-    // causal one, for none of a cross one, for normalized heads without a rotary table, for `query` with one.
+    // causal one, for none of a cross one, for normalized heads without a rotary table, for
+    // `query` with one.
     void run(const BlockArgs& args, const Isa& isa, Pool& pool, int threads) const;
 
 private:

@@ -29,7 +29,8 @@ Owned make_layer(Draw& draw, int inputs, int outputs, bool quantized, const omeg
     const Floats bias = draw.reals(draw.coin() ? size_t(outputs) : 0);
     if (!quantized) {
         const Floats weight = draw.reals(size_t(inputs) * outputs, 0.3f);
-        made.dense = std::make_unique<omega::Dense>(weight.data(), or_null(bias), inputs, outputs, isa);
+        made.dense =
+            std::make_unique<omega::Dense>(weight.data(), or_null(bias), inputs, outputs, isa);
         return made;
     }
     omega::LinearSpec spec;
@@ -111,7 +112,8 @@ void draw_args(Draw& draw, Case& c) {
         const int count = draw.between(1, 40);
         const size_t dim = size_t(s.dim), head = dim * count, entry = head * s.kv_heads;
         c.keys = draw.reals(entry * (a.batch / repeats)), c.values = draw.reals(c.keys.size());
-        a.cache = {c.keys.data(), c.values.data(), entry, head, dim, entry, head, dim, count, repeats};
+        a.cache = {c.keys.data(), c.values.data(), entry, head, dim, entry, head, dim,
+                   count, repeats};
     }
 }
 

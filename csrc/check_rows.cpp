@@ -157,9 +157,8 @@ void check_attend(Draw& draw, const Place& at) {
                 const size_t from = b / a.keys[s].repeats * a.keys[s].k_batch +
                                     h / (a.heads / a.kv_heads) * a.keys[s].k_head + j * dim;
                 double score = 0.0;
-                for (size_t d = 0; d < dim; ++d) {
-                    score += double(q[(size_t(b) * a.rows + i) * row + h * dim + d]) * k[s][from + d];
-                }
+                const float* query = q.data() + (size_t(b) * a.rows + i) * row + h * dim;
+                for (size_t d = 0; d < dim; ++d) score += double(query[d]) * k[s][from + d];
                 const double weight = std::exp(double(a.scale) * score);
                 sum += weight;
                 for (size_t d = 0; d < dim; ++d) to[d] += weight * v[s][from + d];

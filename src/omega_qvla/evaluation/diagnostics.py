@@ -125,12 +125,8 @@ def clip_rate(x: Tensor, layer: QuantizedLayer, step: int = ONCE) -> float:
 def _scales(x: Tensor, layer: QuantizedLayer, step: int) -> Tensor:
     """The scale of every entry of transformed inputs x [n, in], as far as it broadcasts."""
     from omega_qvla.kernels.registry import table_row
-    from omega_qvla.numerics.activation import (
-        expand_static,
-        quantize_per_token,
-        quantize_per_token_group,
-    )
-    from omega_qvla.numerics.qparams import expand_groups
+    from omega_qvla.numerics.activation import expand_static, token_scale
+    from omega_qvla.numerics.qparams import expand_groups, split_groups
 
     activation, width = layer.scheme.activation, layer.in_features
     if activation.static:
@@ -138,11 +134,10 @@ def _scales(x: Tensor, layer: QuantizedLayer, step: int) -> Tensor:
         running = None if step == ONCE else Step(step, layer.num_steps or step + 1)
         row = layer.act_scale[table_row(layer, running)]
         return expand_static(row, width, activation.kind, activation.group)
-    bits, group, clip = activation.bits, activation.group, activation.clip
-    if activation.kind == "per_token":
-        return quantize_per_token(x, bits, clip, activation.signed)[1]
-    scale = quantize_per_token_group(x, bits, group, clip, activation.signed)[1]
-    return expand_groups(scale, width, group)
+    group = activation.group if activation.kind == "per_token_group" else width
+    blocks = split_groups(x, group)
+    scale = token_scale(blocks, activation.bits, activation.clip, activation.signed)
+    return expand_groups(scale.squeeze(-1), width, group)
 
 
 def worst_layers(errors: Mapping[str, Mapping[int, float]], count: int = 1) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import group_count, qrange
+from omega_qvla.numerics.qparams import group_count, qrange, signed_scale
 
 # Smallest dynamic scale: tokens and groups of zeros get it, and still round to zeros.
 TINY = torch.finfo(torch.float32).tiny
@@ -58,11 +58,24 @@ def clip_factor(layer: QuantizedLayer) -> float:
     return float(torch.tensor(activation.clip) / high * rotation_norm(layer))
 
 
-def sign_factor(layer: QuantizedLayer) -> float:
+def sign_factor(layer: QuantizedLayer) -> float | None:
     """Signed dynamic scale over absmax before the norm, where the other side does not need more:
-    norm / -qmin, a float32."""
-    low, _ = qrange(layer.scheme.activation.bits)
+    norm / -qmin, a float32. None where scales have no sign."""
+    activation = layer.scheme.activation
+    if not activation.signed:
+        return None
+    low, _ = qrange(activation.bits)
     return float(torch.tensor(1.0) / -low * rotation_norm(layer))
+
+
+def dynamic_scale(values: Tensor, factor: float, sign_factor: float | None) -> Tensor:
+    """values [..., inputs that share a scale] -> [..., 1], before `round_scale`.
+
+    factor: `clip_factor`; sign_factor: that of the layer if its scales are signed, else None.
+    """
+    if sign_factor is None:
+        return values.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(TINY)
+    return signed_scale(values, sign_factor, factor, TINY)
 
 
 def round_scale(scale: Tensor, layer: QuantizedLayer) -> Tensor:

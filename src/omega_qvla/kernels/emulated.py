@@ -22,7 +22,7 @@ from omega_qvla.kernels.prologue import build_prologue, dense_blocks
 from omega_qvla.kernels.reference import every_scheme
 from omega_qvla.kernels.registry import Capabilities, Kernel, StepLike, table_row
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, qrange, two_sided_scale
+from omega_qvla.numerics.qparams import expand_groups, qrange
 from omega_qvla.numerics.rotation import apply_blocks
 from omega_qvla.numerics.rtn import dequantize
 
@@ -111,12 +111,7 @@ def _quantizer(layer: QuantizedLayer) -> _Quantizer:
         norm = torch.tensor(arithmetic.rotation_norm(layer), device=layer.qweight.device)
 
         def dynamic(u: Tensor, step: StepLike | None) -> tuple[Tensor, Tensor]:
-            if act.signed:
-                size, down = two_sided_scale(u, largest, factor)
-                size = size.clamp_min_(arithmetic.TINY)
-                scale = torch.where(down, size, -size)
-            else:
-                scale = u.abs().amax(-1, keepdim=True).mul_(factor).clamp_min_(arithmetic.TINY)
+            scale = arithmetic.dynamic_scale(u, factor, largest)
             if grouped:
                 scale = scale.bfloat16().float()  # `arithmetic.round_scale`
             return torch.mul(u, norm / scale).round_().clamp_(low, high), scale

@@ -12,10 +12,12 @@ float32, rounded, in this order (docs/native.md has the reasons):
 3.  scale = max(absmax(u) * (clip / qmax * norm), smallest normal float), or from the static
     table; scales of groups are rounded to bfloat16. q = u * (norm / scale), to the nearest
     integer, halves to even, cut to qmin .. qmax.
-    Signed scales: with e the value of largest magnitude (the negative one of two), scale =
-    max(|e| * (clip / -qmin * norm), smallest normal float), negative where e > 0, so that e
-    falls on qmin or is cut to it; then as above, the sign being kept by every step. Weight
-    scales of either sign need nothing: products and sums round alike on both sides of zero.
+    Signed scales: with e the value of largest magnitude (the negative one of two) and m the
+    largest magnitude of the other sign (0 if there is none), scale = max(|e| * (norm / -qmin),
+    m * (clip / qmax * norm), smallest normal float), negative where e > 0, so that e falls on
+    qmin, or nearer to 0 where m needs the room; then as above, the sign being kept by every
+    step. Weight scales of either sign need nothing: products and sums round alike on both sides
+    of zero.
 4.  Integer sums of each segment (`arithmetic.segmentation`): exact, converted to float32. Each is
     multiplied by the group's activation scale, where groups have one, then by the group's weight
     scale, likewise, and added to the segments before it.
@@ -40,7 +42,7 @@ from omega_qvla.numerics.activation import expand_static
 from omega_qvla.numerics.duquant import apply_shared
 from omega_qvla.numerics.hadamard import base_matrix, block_sizes, split_width
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.qparams import expand_groups, qrange, two_sided_scale
+from omega_qvla.numerics.qparams import expand_groups, qrange
 from omega_qvla.numerics.rotation import apply_blocks, undo_output_rotation
 
 ACTIVATION_KINDS = frozenset(
@@ -130,21 +132,12 @@ def quantize_input(
         scale = layer.act_scale[table_row(layer, step)].expand(u.shape[0], -1)
     else:
         parts = torch.split(u, group, dim=1)
-        scale = torch.cat([_dynamic_scale(part, layer) for part in parts], dim=1)
+        factor, largest = arithmetic.clip_factor(layer), arithmetic.sign_factor(layer)
+        scale = torch.cat([arithmetic.dynamic_scale(p, factor, largest) for p in parts], dim=1)
     scale = arithmetic.round_scale(scale, layer)
     inverse = arithmetic.inverse_scale(scale, layer)
     inverse = expand_groups(inverse, width, group)
     return (u * inverse).round().clamp(low, high), scale
-
-
-def _dynamic_scale(part: Tensor, layer: QuantizedLayer) -> Tensor:
-    """part [n, inputs that share a scale] -> [n, 1], before `arithmetic.round_scale`."""
-    factor = arithmetic.clip_factor(layer)
-    if not layer.scheme.activation.signed:
-        return (part.abs().amax(1, keepdim=True) * factor).clamp_min(arithmetic.TINY)
-    size, down = two_sided_scale(part, arithmetic.sign_factor(layer), factor)
-    size = size.clamp_min(arithmetic.TINY)
-    return torch.where(down, size, -size)
 
 
 def product(q: Tensor, scale: Tensor, layer: QuantizedLayer) -> Tensor:

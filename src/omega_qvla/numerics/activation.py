@@ -13,8 +13,8 @@ from omega_qvla.errors import CalibrationError, NumericsError
 from omega_qvla.numerics.qparams import (
     expand_groups,
     qrange,
+    signed_scale,
     split_groups,
-    two_sided_scale,
     widest_scale,
 )
 
@@ -28,22 +28,25 @@ def _round(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (x / scale).round_().clamp_(low, high)
 
 
+def token_scale(x: Tensor, bits: int = 4, clip: float = 1.0, signed: bool = False) -> Tensor:
+    """x [..., in] -> [..., 1], the scale of each token: clip * absmax / qmax, or, signed,
+    max(M / -qmin, clip * m / qmax) with the sign of `signed_scale`; 1 of a zero token."""
+    low, high = qrange(bits)
+    if signed:
+        scale = signed_scale(x, 1 / -low, clip / high)
+    else:
+        scale = widest_scale(x, bits, clip).unsqueeze(-1)
+    return scale.masked_fill_(scale == 0, 1.0)
+
+
 def quantize_per_token(
     x: Tensor, bits: int = 4, clip: float = 1.0, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Each token (row of x [..., in]) on its own grid: scale = clip * absmax / qmax, or, signed,
-    max(M / -qmin, clip * m / qmax), negative where the largest magnitude M is of a positive value;
-    m is the largest of the other sign.
+    """Each token (row of x [..., in]) on its own grid, that of `token_scale`.
 
-    Returns (q [..., in], scale [..., 1]); a zero token has scale 1.
+    Returns (q [..., in], scale [..., 1]).
     """
-    low, high = qrange(bits)
-    if signed:
-        size, down = two_sided_scale(x, 1 / -low, clip / high)
-        scale = torch.where(down, size, -size)
-    else:
-        scale = widest_scale(x, bits, clip).unsqueeze(-1)
-    scale.masked_fill_(scale == 0, 1.0)
+    scale = token_scale(x, bits, clip, signed)
     return _round(x, scale, bits), scale
 
 

@@ -69,13 +69,6 @@ def check_weight(weight: Tensor) -> None:
         raise NumericsError("a weight has values that are not finite")
 
 
-def points_down(values: Tensor) -> Tensor:
-    """values [..., n] -> bool [..., 1]: the value of largest magnitude is negative, or all are
-    zero; of two that are as large the negative one counts."""
-    low, high = torch.aminmax(values, dim=-1, keepdim=True)
-    return -low >= high
-
-
 def widest_scale(blocks: Tensor, bits: int, clip: float = 1.0, signed: bool = False) -> Tensor:
     """blocks [..., n] -> [...]: the scale at which the value of largest magnitude, times `clip`,
     falls on the integer of largest magnitude of its side.
@@ -86,24 +79,24 @@ def widest_scale(blocks: Tensor, bits: int, clip: float = 1.0, signed: bool = Fa
     low, high = qrange(bits)
     if not signed:
         return blocks.abs().amax(-1) * (clip / high)
-    scale = blocks.abs().amax(-1) * (clip / -low)
-    return torch.where(points_down(blocks).squeeze(-1), scale, -scale)
+    return signed_scale(blocks, clip / -low).squeeze(-1)
 
 
-def two_sided_scale(values: Tensor, largest: float, other: float) -> tuple[Tensor, Tensor]:
-    """values [..., n] -> (size [..., 1], down bool [..., 1]) of a dynamic scale with a sign.
+def signed_scale(values: Tensor, largest: float, other: float = 0.0, least: float = 0.0) -> Tensor:
+    """values [..., n] -> [..., 1]: the scale that takes the largest magnitude M to qmin's side.
 
-    size: max(M * largest, m * other), M the largest magnitude and m the largest of the other sign
-    (0 if there is none). down: whether M is of a negative value, as `points_down`: the scale is
-    then `size`, else -size. With 1/8 and clip/7 M falls on -8, or nearer to 0 where m needs more
-    room than that: tokens of +c and -c alone, as a Hadamard makes them of a single value, would
-    have half of their values cut from 8 to 7 by M / 8.
+    Its size is max(M * largest, m * other, least), m the largest magnitude of the other sign (0 if
+    there is none). It is negative where M is of a positive value; of two that are as large the
+    negative one counts, and zeros alone have a positive scale. With 1/8 and clip/7 M falls on -8,
+    or nearer to 0 where m needs more room than that: tokens of +c and -c alone, as a Hadamard
+    makes them of a single value, would have half of their values cut from 8 to 7 by M / 8.
     """
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
     below = -low
     first = torch.maximum(below, high) * largest
     second = torch.minimum(below, high).clamp_min(0) * other
-    return torch.maximum(first, second), below >= high
+    size = torch.maximum(first, second).clamp_min_(least)
+    return torch.where(below >= high, size, -size)
 
 
 def weight_scales(
