@@ -121,6 +121,7 @@ def card(run: Path, data: Path, results: Path, checkpoint: Path, note: str = "")
     title = TITLES[policy.family]
     libero = header["settings"]["env"] == "libero"
     tasks, number, purpose = LIBERO_TASKS if libero else METAWORLD_TASKS
+    aside = f"\n{note}\n" if note else ""
     return f"""# {title} on {tasks}
 
 A small policy with {title}'s architecture, trained from scratch: {purpose}
@@ -134,7 +135,7 @@ is no use on a robot. Made by `training/` of the same repository; Apache-2.0, as
 {data_section(json.loads((data / "manifest.json").read_text()))}
 ## Training
 
-{training_section(run)}{f"{chr(10)}{note}{chr(10)}" if note else ""}
+{training_section(run)}{aside}
 ## Success in full precision
 
 {success_section(records, header["settings"])}"""

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from omega_qvla.envs.metaworld import (
     MetaWorldEnv,
     scripted_expert,
 )
+from omega_qvla.files import atomic_file, write_text
 
 BLOCK_EPISODES = 25
 #: Seeds reserved per block: failed episodes use some up without shifting other blocks.
@@ -172,10 +172,8 @@ def _write(job: Job, kept: list[tuple[int, Noise, dict[str, Any]]], tried: np.nd
         "task": np.array(job.task),
         "prompt": np.array(TASKS[job.task]),
     }
-    temporary = job.path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(job.path) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, job.path)
 
 
 def plan(args: argparse.Namespace) -> Iterator[Job]:
@@ -213,9 +211,7 @@ def write_manifest(args: argparse.Namespace, jobs: list[Job]) -> None:
         | {"python": platform.python_version()},
         "tasks": tasks,
     }
-    temporary = args.out / "manifest.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, args.out / "manifest.json")
+    write_text(args.out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from omega_qvla.envs.libero_files import suite_tasks
 from omega_qvla.envs.libero_oracle import PickAndPlace, oracle
 from omega_qvla.envs.libero_protocol import SUITES, libero_protocol
 from omega_qvla.evaluation.environment import versions
+from omega_qvla.files import atomic_file, write_text
 from omega_qvla.policies.images import resize_with_pad
 
 #: Starts reserved per episode: failures use some up without shifting other episodes.
@@ -164,10 +164,8 @@ def _write(path: Path, task: str, found: dict[str, Any]) -> None:
         **{key: np.array(found[key]) for key in ABOUT},
         "task": np.array(task),
     }
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
-    os.replace(temporary, path)
 
 
 def plan(args: argparse.Namespace) -> Iterator[Job]:
@@ -199,9 +197,7 @@ def write_manifest(out: Path, options: dict[str, Any]) -> None:
             entry["steps"] += len(file["actions"])
             entry["images"] += len(file["step"])
     manifest = LiberoEnv.fingerprint(**options) | {"versions": versions("libero"), "tasks": tasks}
-    temporary = out / "manifest.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, out / "manifest.json")
+    write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

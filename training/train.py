@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from data import Demonstrations, load_demonstrations
 from families import FAMILIES, Batch, Family, make_batch, make_family
+from omega_qvla.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ class Run:
             "elapsed": self.elapsed,
             "family": self.settings.family,
         }
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        with atomic_file(self.path) as file:
+            torch.save(state, file)
 
     def log(self, **values: float) -> None:
         """Append one line to the log."""

@@ -1,7 +1,9 @@
-"""Whole files or none: write beside the target, then give it the target's name."""
+"""Whole files or none, written beside the target and given its name; whole lines or none."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
 import os
 import re
@@ -47,6 +49,33 @@ def atomic_file(path: Path, *, parents: bool = False) -> Iterator[BinaryIO]:
     # Not `tempfile`: its files are private, and these are for everybody the umask allows.
     with replacing(path, parents=parents) as temporary, open(temporary, "xb") as file:
         yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file `path` with this text in UTF-8, see `replacing`; its folder is made."""
+    with atomic_file(path, parents=True) as file:
+        file.write(text.encode())
+
+
+def append_line(path: Path, line: bytes, *, create: bool = False) -> None:
+    """Add a line to a file that several processes share: one system call, on the disk at the end.
+
+    create: make the file where there is none. Without, a file that is gone is an error.
+
+    Raises:
+        OSError: the disk did not take all of it; then nothing of it is left there.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
+    handle = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # or a part taken back could be of another's line
+        before = os.fstat(handle).st_size
+        if os.write(handle, line) != len(line):
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def temporary_of(path: Path) -> Path:

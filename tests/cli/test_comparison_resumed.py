@@ -13,7 +13,7 @@ from cli.test_comparison import QUIET, inline
 from disks import file_limit
 from omega_qvla.cli.comparison import run as stages
 from omega_qvla.cli.comparison.arms import parse_arm, parse_arms
-from omega_qvla.cli.comparison.drift import append_line, drift_file
+from omega_qvla.cli.comparison.drift import append_record, drift_file
 from omega_qvla.cli.comparison.layers import layers_file, layers_measured, read_layers
 from omega_qvla.cli.comparison.plan import PLAIN, Comparison
 from omega_qvla.cli.comparison.report import _notes
@@ -121,11 +121,11 @@ def test_redoing_builds_the_merged_parts_again_too(plan: Comparison) -> None:
 
 def test_a_full_disk_leaves_no_half_record(tmp_path: Path) -> None:
     path = tmp_path / "drift.jsonl"
-    append_line(path, "a" * 600)
+    append_record(path, "a" * 600)
     with file_limit(1000), pytest.raises(EvaluationError, match="cannot take another record"):
-        append_line(path, "b" * 600)
+        append_record(path, "b" * 600)
     assert path.read_text() == "a" * 600 + "\n"
-    append_line(path, "c")
+    append_record(path, "c")
     assert path.read_text().endswith("a\nc\n")
 
 

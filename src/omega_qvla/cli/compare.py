@@ -252,8 +252,7 @@ def _filled(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[st
 
 def _write_markdown(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from omega_qvla.cli.comparison.table import table_text
-    from omega_qvla.files import atomic_file
+    from omega_qvla.files import write_text
 
     text = table_text(columns, rows)
-    with atomic_file(path, parents=True) as stream:
-        stream.write(text.encode())
+    write_text(path, text)

@@ -230,7 +230,7 @@ def _write(
 ) -> None:
     from omega_qvla.cli.comparison.table import table_text
     from omega_qvla.evaluation.report.open_loop_page import write_open_loop_page
-    from omega_qvla.files import atomic_file
+    from omega_qvla.files import write_text
 
     tables = [("Arms", ARM_COLUMNS, arms), ("Joints", JOINT_COLUMNS, joints)]
     write_open_loop_page(
@@ -251,5 +251,4 @@ def _write(
         "open-loop.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
     }
     for name, content in contents.items():
-        with atomic_file(folder / name, parents=True) as stream:
-            stream.write(content.encode())
+        write_text(folder / name, content)

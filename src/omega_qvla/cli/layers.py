@@ -245,7 +245,7 @@ def _write(
 ) -> None:
     from omega_qvla.cli.comparison.table import table_text
     from omega_qvla.evaluation.report.layer_page import LayerPage, write_layer_page
-    from omega_qvla.files import atomic_file
+    from omega_qvla.files import write_text
 
     notes = [*words, f"{data['observations']} observations: {data['source']}"]
     page = LayerPage(f"Layers of {name}", findings, curve, chosen, notes, (COLUMNS, rows))
@@ -260,5 +260,4 @@ def _write(
         "layers.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
     }
     for file, content in contents.items():
-        with atomic_file(folder / file, parents=True) as stream:
-            stream.write(content.encode())
+        write_text(folder / file, content)

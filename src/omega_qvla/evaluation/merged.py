@@ -17,7 +17,7 @@ from omega_qvla.evaluation.results import (
     results_lock,
     write_results,
 )
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 
 _FORMAT = 1
 
@@ -70,8 +70,7 @@ def write_summary(out: Path) -> dict[str, Any]:
     """Write `merged_summary` of the results file `out` beside it, and return it."""
     header, records = read_results(out)
     summary = merged_summary(header, records)
-    with atomic_file(summary_path(out), parents=True) as stream:
-        stream.write((json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    write_text(summary_path(out), json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.environment import environment
 from omega_qvla.evaluation.plan import Plan
 from omega_qvla.evaluation.records import Arm, EpisodeRecord
-from omega_qvla.files import atomic_file
+from omega_qvla.files import append_line, atomic_file
 from omega_qvla.pack.files import why_not_written
 
 _FORMAT = 1
@@ -115,23 +113,12 @@ class ResultsFile:
                 is taken back.
         """
         try:
-            self._append(_line(record.to_dict()))
+            append_line(self.path, _line(record.to_dict()))
         except OSError as error:
             raise EvaluationError(
                 f"{self.path}: cannot take another record: {why_not_written(error)}"
             ) from error
         self.records.append(record)
-
-    def _append(self, line: bytes) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            before = os.fstat(handle).st_size
-            if os.write(handle, line) != len(line):
-                os.ftruncate(handle, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_results(path: Path, header: Mapping[str, Any], records: Sequence[EpisodeRecord]) -> None:

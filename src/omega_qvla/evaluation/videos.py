@@ -32,7 +32,6 @@ def write_side_by_side(path: Path, title: str, traces: Mapping[str, Trace]) -> N
     """
     av = _import("av")
     frames = list(side_by_side(title, traces))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, parents=True) as stream, av.open(stream, "w", format="mp4") as container:
         track = container.add_stream("libx264", rate=FPS, options={"crf": "20"})
         track.height, track.width = frames[0].shape[:2]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omega_qvla.errors import CheckpointError
-from omega_qvla.files import atomic_file, replacing
+from omega_qvla.files import replacing, write_text
 
 T = TypeVar("T")
 
@@ -36,9 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    with atomic_file(path, parents=True) as file:
-        file.write(text.encode("utf-8"))
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def options(cls: type[T], data: Mapping[str, Any], where: str) -> T:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +17,7 @@ from omega_qvla.cli.measure import drift_seeds
 from omega_qvla.errors import EvaluationError
 from omega_qvla.evaluation.open_loop import Drift, chunk_cosines, chunk_drift, predict_chunks
 from omega_qvla.evaluation.records import ArmKey
-from omega_qvla.files import atomic_file
+from omega_qvla.files import append_line, atomic_file
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.pack.files import why_not_written
 from omega_qvla.pack.reader import read_pack
@@ -150,7 +147,7 @@ class DriftMeter:
             cosine_p01=float(np.quantile(cosines, 0.01)),
             by_draw=_by_draw(cosines, cell.plan.draws),
         )
-        append_line(drift_file(cell.plan), record.to_json())
+        append_record(drift_file(cell.plan), record.to_json())
         return record
 
 
@@ -180,28 +177,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def append_line(path: Path, line: str) -> None:
+def append_record(path: Path, line: str) -> None:
     """Write one line and sync it; several processes share the file.
 
     Raises:
         EvaluationError: the disk did not take all of it; then nothing of it is left there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = f"{line}\n".encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # or a part taken back could be of another's line
-        before = os.fstat(handle).st_size
-        if os.write(handle, data) != len(data):
-            os.ftruncate(handle, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(handle)
+        append_line(path, f"{line}\n".encode(), create=True)
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot take another record: {why_not_written(error)}"
         ) from error
-    finally:
-        os.close(handle)
 
 
 def _by_draw(cosines: np.ndarray, draws: int) -> tuple[tuple[float, float], ...]:

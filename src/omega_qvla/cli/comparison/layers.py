@@ -21,7 +21,7 @@ from omega_qvla.evaluation.diagnostics import (
 )
 from omega_qvla.evaluation.layer_drift import LayerDrift, layer_drift
 from omega_qvla.evaluation.records import ArmKey
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 from omega_qvla.pack.apply import apply_pack
 from omega_qvla.pack.reader import read_pack
 from omega_qvla.policies.registry import load_policy
@@ -99,8 +99,7 @@ def _write(path: Path, measured: CellLayers) -> None:
     for layer in plain["diagnostics"]:
         for key in ("channels_before", "channels_after"):
             layer[key] = layer[key].tolist()
-    with atomic_file(path, parents=True) as stream:
-        stream.write(json.dumps(plain).encode())
+    write_text(path, json.dumps(plain))
 
 
 def read_layers(folder: Path) -> CellLayers | None:

@@ -15,7 +15,7 @@ from omega_qvla.config.recipe import Recipe
 from omega_qvla.errors import ConfigError, RecipeError
 from omega_qvla.evaluation.policies import file_digest, tree_digest
 from omega_qvla.evaluation.records import REFERENCE, Protocol
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 from omega_qvla.quantize import software
 
 PLAIN, OUTLIERS = "plain", "outliers"
@@ -157,8 +157,7 @@ class Comparison:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
     def _write(self, settings: Mapping[str, Any]) -> None:
-        with atomic_file(self.out / "settings.json", parents=True) as stream:
-            stream.write((json.dumps(settings, indent=1) + "\n").encode())
+        write_text(self.out / "settings.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _joined(out: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:

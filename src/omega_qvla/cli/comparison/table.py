@@ -15,7 +15,7 @@ from omega_qvla.cli.comparison.run import Results
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.formats import percent, rate
 from omega_qvla.evaluation.records import REFERENCE, ArmKey
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 
 FAMILY_NAMES = {"pi05": "π0.5 architecture", "groot_n15": "GR00T N1.5 architecture"}
 VARIANT_NAMES = {PLAIN: "as trained", OUTLIERS: "outlier channels"}
@@ -202,8 +202,7 @@ def write_tables(plan: Comparison, results: Results) -> dict[str, Path]:
         "summary.json": json.dumps(results.summary, indent=1, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
-        with atomic_file(plan.out / name, parents=True) as stream:
-            stream.write(text.encode())
+        write_text(plan.out / name, text)
     return {name: plan.out / name for name in texts}
 
 

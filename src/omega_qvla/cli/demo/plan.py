@@ -11,11 +11,10 @@ from typing import Any
 from omega_qvla.cli.checkpoints import family_of, open_checkpoint
 from omega_qvla.cli.comparison.arms import parse_arms
 from omega_qvla.cli.comparison.plan import OUTLIERS, PLAIN, Comparison
+from omega_qvla.cli.demo.verb import FAMILIES
 from omega_qvla.cli.sources import check_tasks
 from omega_qvla.errors import CheckpointError, ConfigError
 
-#: Of the bundled policies, in the order of the tables.
-FAMILIES = ("pi05", "groot_n15")
 #: The quantized arms, in the order of the tables.
 ARMS = ("rtn", "omega-paper", "omega")
 #: Per task and arm: so many that the whole demo takes some five minutes on two cores.

@@ -11,7 +11,7 @@ from omega_qvla.cli.comparison.plan import Comparison
 from omega_qvla.cli.comparison.run import Laps, run_comparison
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.demo.table import brief, show_table
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 
 
 def run_demo(plan: Comparison, console: Console) -> dict[str, Any]:
@@ -41,5 +41,4 @@ def run_demo(plan: Comparison, console: Console) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with atomic_file(path, parents=True) as stream:
-        stream.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -8,6 +8,9 @@ from pathlib import Path
 from omega_qvla.cli.console import Console
 from omega_qvla.cli.parsing import at_least
 
+#: Of the bundled policies, in the order of the tables.
+FAMILIES = ("pi05", "groot_n15")
+
 DESCRIPTION = """\
 The whole road on two small trained policies (pi0.5's and GR00T N1.5's architecture):
 collect observations in the simulator, calibrate, quantize to 4 bits in three ways,
@@ -46,9 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), default=2, metavar="N", help="processes (default: 2)"
     )
-    parser.add_argument(
-        "--families", nargs="+", choices=["pi05", "groot_n15"], default=["pi05", "groot_n15"]
-    )
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument(
         "--quick", action="store_true", help="two tasks, one episode, few observations"
     )

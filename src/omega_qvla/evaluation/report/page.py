@@ -13,13 +13,12 @@ from omega_qvla.evaluation.report.data import DriftView, LayerView, PairedEpisod
 from omega_qvla.evaluation.report.heatmap import Panel, heatmap, legend
 from omega_qvla.evaluation.report.names import LayerName, short_name, split_name
 from omega_qvla.evaluation.report.theme import arm_colours
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 
 
 def write_report(data: ReportData, path: Path) -> Path:
     """Write the page, atomically. Returns `path`."""
-    with atomic_file(path, parents=True) as stream:
-        stream.write(render_report(data).encode())
+    write_text(path, render_report(data))
     return path
 
 

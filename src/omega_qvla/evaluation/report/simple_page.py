@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from omega_qvla.files import atomic_file
+from omega_qvla.files import write_text
 
 
 def write_simple_page(
@@ -29,8 +29,7 @@ def write_simple_page(
         f'<p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1></header>'
         f"{body}</main></body></html>\n"
     )
-    with atomic_file(path, parents=True) as stream:
-        stream.write(text.encode())
+    write_text(path, text)
     return path
 
 
