@@ -88,7 +88,7 @@ def _repacking_buffer(library: _Library) -> int:
     )
     listed = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(device)
     for kind in itertools.takewhile(bool, listed):
-        if b"REPACK" in library.ggml_backend_buft_name(kind):
+        if library.ggml_backend_buft_name(kind) in (b"AMX", b"CPU_REPACK"):  # the faster first
             return int(kind)
     return int(library.ggml_backend_cpu_buffer_type())
 

@@ -20,6 +20,11 @@ check_cxx_source_compiles("
   __attribute__((target(\"avxvnni,avx2\")))
   __m256i f(__m256i a) { return _mm256_dpbusd_avx_epi32(a, a, a); }
   int main() { return 0; }" OMEGA_HAVE_AVXVNNI)
+check_cxx_source_compiles("
+  int main() {
+    __asm__ volatile(\"tdpbssd %tmm2, %tmm1, %tmm0\");
+    return 0;
+  }" OMEGA_HAVE_AMX)
 unset(CMAKE_REQUIRED_FLAGS)
 
 find_package(Threads REQUIRED)
@@ -28,7 +33,7 @@ add_library(omega_kernels STATIC
   ${kernels}/cpu.cpp ${kernels}/pool.cpp ${kernels}/linear.cpp ${kernels}/product.cpp
   ${kernels}/rows.cpp ${kernels}/dense.cpp ${kernels}/block.cpp
   ${kernels}/isa_portable.cpp ${kernels}/isa_avx2.cpp ${kernels}/isa_avxvnni.cpp
-  ${kernels}/isa_avx512.cpp ${kernels}/isa_neon.cpp)
+  ${kernels}/isa_avx512.cpp ${kernels}/isa_amx.cpp ${kernels}/isa_neon.cpp)
 target_include_directories(omega_kernels PUBLIC ${kernels})
 target_compile_features(omega_kernels PUBLIC cxx_std_17)
 set_target_properties(omega_kernels PROPERTIES
@@ -37,5 +42,8 @@ set_target_properties(omega_kernels PROPERTIES
 target_compile_options(omega_kernels PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
 if(OMEGA_HAVE_AVXVNNI)
   target_compile_definitions(omega_kernels PRIVATE OMEGA_HAVE_AVXVNNI)
+endif()
+if(OMEGA_HAVE_AMX)
+  target_compile_definitions(omega_kernels PRIVATE OMEGA_HAVE_AMX)
 endif()
 target_link_libraries(omega_kernels PUBLIC Threads::Threads)

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -21,8 +25,25 @@ bool os_saves(unsigned bits) {
     return (low & bits) == bits;
 }
 
+// Linux saves the tiles of a matrix unit only for processes that have asked for it.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return os_saves(0x60000) && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+// Eight tiles of 16 rows of 64 bytes.
+bool tiles_as_expected() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(0x1d, 1, &a, &b, &c, &d) && b >> 16 == 8 && (b & 0xffff) == 64 &&
+           (c & 0xffff) == 16;
+}
+
 struct Features {
-    bool avx2 = false, avxvnni = false, avx512vnni = false;
+    bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 };
 
 Features features() {
@@ -36,6 +57,8 @@ Features features() {
     const unsigned f_dq_bw_vl = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
     found.avx512vnni = found.avx2 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & (1u << 11)) &&
                        os_saves(0xe6);
+    found.amx = found.avx512vnni && (d & (1u << 24)) && (d & (1u << 25)) && tiles_as_expected() &&
+                may_use_tiles();
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         found.avxvnni = found.avx2 && (a & (1u << 4));
     }
@@ -53,6 +76,7 @@ std::vector<const Isa*> usable_isas() {
     std::vector<const Isa*> list;
 #if defined(__x86_64__)
     const Features has = features();
+    if (has.amx) add(list, isa_amx(true));
     if (has.avx512vnni) add(list, isa_avx512vnni());
     if (has.avxvnni) add(list, isa_avxvnni());
     if (has.avx2) add(list, isa_avx2());
@@ -69,6 +93,7 @@ std::vector<const Isa*> usable_isas() {
 const Isa& find_isa(const std::string& name) {
     std::string names;
     for (const Isa* isa : usable_isas()) {
+        if (name.empty() && isa->plain) return *isa_amx(false);
         if (name.empty() || name == isa->name) return *isa;
         names += std::string(names.empty() ? "" : ", ") + isa->name;
     }

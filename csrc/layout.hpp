@@ -10,6 +10,7 @@
 // so that the whole matrix is read front to back.
 // Activations: tiles of up to 8 rows, [inputs / 4][8][4] bytes, so a tile is read front to back
 // (a tile of one row: [inputs / 4][1][4]).
+// Matrix units (isa_amx.cpp) take the same weights, and tiles of up to 16 rows, [inputs / 64][16][64].
 // Segments: runs of inputs within which both scales are constant. One segment: a plain sum.
 #pragma once
 
@@ -25,8 +26,12 @@ constexpr int kPanel = 16;     // outputs of a panel
 constexpr int kPiece = 8;      // inputs of a 64-byte piece
 constexpr int kPieceBytes = 64;
 constexpr int kSegment = 16;   // segments are multiples of this many inputs
-constexpr int kMaxRows = 8;     // rows of the tallest tile of any instruction set
-constexpr int kRowStride = 8;   // rows that a tile of more than one has room for
+constexpr int kVectorRows = 8;  // rows of the tallest tile of vectors
+constexpr int kRowStride = 8;   // rows that such a tile of more than one has room for
+constexpr int kMatrixRows = 16;  // rows that a tile of a matrix unit has room for
+constexpr int kMaxRows = 16;    // rows of the tallest tile of any instruction set
+constexpr int kLine = 64;       // inputs that a matrix unit takes at a time
+constexpr int kRunLines = 4;    // lines of weights that it unpacks at a time
 constexpr int kModes = 4;
 
 // Bits of a tile's mode: which scales change from segment to segment.
@@ -96,9 +101,11 @@ constexpr int kMaxExactSum = 1 << 16;
 // Where a tile's integers go.
 struct QuantTile {
     int rows;
-    int8_t* acts;        // [padded / 4][8 or 1][4]
-    int32_t* offset;     // [segments][rows]
-    float* act_scale;    // [segments][rows], null when the scale is per token
+    int stride;          // from one segment's sums and scales to the next
+    bool lines;          // for a matrix unit
+    int8_t* acts;        // [padded / 4][8 or 1][4], or [padded / 64][16][64]
+    int32_t* offset;     // [segments][stride]
+    float* act_scale;    // [segments][stride], null when the scale is per token
     float* token_scale;  // [rows]
     float* lowrank;      // [rows][rank]
 };
@@ -112,19 +119,41 @@ struct Scratch {
 using PrologueFn = void (*)(const Prologue&, const float* x, size_t x_stride, int step,
                             const QuantTile&, const Scratch&);
 
+// Scratch of one thread for a matrix unit.
+struct StripScratch {
+    int8_t* weights;  // [panels of a strip][kRunLines][16][64]
+    int32_t* ring;    // [4][16][kPanel]
+    float* sums;      // [tiles][panels of a strip][16][kPanel], floats or integers
+};
+
+// A matrix unit: set up for tiles of up to `rows` rows, multiply tiles that are all as high or one
+// row lower by a wide strip (`strip` points at the first tile's rows), and set it free.
+struct Matrix {
+    void (*configure)(int rows);
+    void (*multiply)(int mode, int rows, const TileArgs& strip, const QuantTile* tiles, int count,
+                     const StripScratch& scratch);
+    void (*release)();
+};
+
 // What one instruction set offers.
 struct Isa {
     const char* name;
+    const Isa* plain;   // takes what the matrix unit does not: other segments, fewer rows
+    int least_rows;     // of a product that is worth the matrix unit,
+    double least_work;  // and its multiply-adds
+    int line;           // inputs are padded to a multiple of this
+    Matrix matrix;      // null: tiles of vectors
     int max_rows;     // rows of its tallest tile
     int wide_rows;    // tiles up to this many rows take wide strips
     int panels[2];    // panels of a narrow and of a wide strip; the narrow one divides the wide
-    TileFn tile[kModes][2][kMaxRows + 1];  // [mode][wide][rows]
+    TileFn tile[kModes][2][kVectorRows + 1];  // [mode][wide][rows]
     PrologueFn prologue;
     long (*peak)(int rounds);  // byte products in registers alone: returns how many it did
     const RowFns* rows;
 };
 
 // The tables, fastest first; null where this binary or this CPU lacks one.
+const Isa* isa_amx(bool every);
 const Isa* isa_avx512vnni();
 const Isa* isa_avxvnni();
 const Isa* isa_avx2();

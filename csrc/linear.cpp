@@ -41,7 +41,7 @@ uint32_t spread(uint32_t v) {
 }  // namespace
 
 Linear::Linear(const LinearSpec& spec, const Isa& isa)
-    : isa_(isa), outputs_(spec.outputs), steps_(spec.steps) {
+    : isa_(&isa), outputs_(spec.outputs), steps_(spec.steps) {
     if (spec.inputs < 1 || spec.outputs < 1) refuse("a layer needs inputs and outputs");
     padded_outputs_ = round_up(outputs_, kPanel * isa.panels[1]);
     set_segments(spec);
@@ -55,7 +55,7 @@ void Linear::set_segments(const LinearSpec& spec) {
     const int weight = spec.weight_group < spec.inputs ? spec.weight_group : 0;
     const int act = spec.act_group < spec.inputs ? spec.act_group : 0;
     mode_ = (act ? kActSegments : 0) | (weight ? kWeightSegments : 0);
-    const int whole = round_up(spec.inputs, kSegment);
+    const int whole = round_up(spec.inputs, isa_->line);
     Prologue& p = prologue_;
     p.inputs = spec.inputs;
     p.segment = mode_ ? std::gcd(weight, act) : whole;
@@ -71,6 +71,9 @@ void Linear::set_segments(const LinearSpec& spec) {
     }
     // Scales of activations alone must leave the product exact; column scales of 1 round it first.
     if (mode_ == kActSegments && p.segment > kMaxExactSum / largest) mode_ |= kWeightSegments;
+    if (isa_->plain && mode_ && (p.segment % kLine || p.segment > kLine * kRunLines)) {
+        isa_ = isa_->plain;
+    }
     p.start = mode_ ? kMagicBits : 0;
     p.padded = round_up(spec.inputs, p.segment);
     p.segments = p.padded / p.segment;
@@ -112,7 +115,7 @@ void Linear::set_prologue(const LinearSpec& spec) {
 
 void Linear::repack(const LinearSpec& spec) {
     const int row_bytes = (spec.inputs + 1) / 2, pieces = prologue_.padded / kPiece;
-    const int panels = isa_.panels[0], step = panels * kPieceBytes;
+    const int panels = isa_->panels[0], step = panels * kPieceBytes;
     strip_bytes_ = size_t(pieces) * step;
     weight_.reserve(padded_outputs_ / (kPanel * panels) * strip_bytes_);
     for (int n = 0; n < padded_outputs_; ++n) {
@@ -180,7 +183,7 @@ void Linear::set_lowrank(const LinearSpec& spec) {
 
 // Layers that were joined have ranks of their own: zeros in the others' strips.
 void Linear::find_ranks() {
-    const int width = kPanel * isa_.panels[0], rank = prologue_.rank;
+    const int width = kPanel * isa_->panels[0], rank = prologue_.rank;
     const int strips = padded_outputs_ / width;
     ranks_.reserve(size_t(strips) * 2);
     for (int strip = 0; strip < strips; ++strip) {

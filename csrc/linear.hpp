@@ -43,7 +43,7 @@ public:
     int outputs() const { return outputs_; }
     int steps() const { return steps_; }
     int groups() const { return prologue_.groups; }
-    const char* isa() const { return isa_.name; }
+    const char* isa() const { return isa_->name; }
     size_t bytes() const;
 
     // x [rows][inputs] -> y [rows][outputs]; step: row of the static table. Any thread may call.
@@ -61,7 +61,7 @@ private:
     void set_lowrank(const LinearSpec& spec);
     void find_ranks();
 
-    const Isa& isa_;
+    const Isa* isa_;
     int outputs_, padded_outputs_, steps_;
     int mode_ = 0;
     Prologue prologue_;

@@ -6,8 +6,10 @@
 // (or a forked child, whose helpers did not survive) simply works alone.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -41,6 +43,39 @@ public:
     virtual ~Job() = default;
     // participant: 0 the caller, then 1 .. helpers. Must return when all parts are dealt out.
     virtual void run(int participant) = 0;
+};
+
+// Deals out parts [0, count). Neighbouring parts go to the same participant, and in every job of as
+// many parts to the same: it finds what it wrote last in its own cache. Whoever has no more takes
+// what others have not begun.
+class Deal {
+public:
+    // Before any participant takes one.
+    void open(int count, int threads) {
+        count_ = count;
+        shares_ = std::min(threads, kMost);
+    }
+
+    // The next part for a participant, or -1.
+    int take(int participant) {
+        for (int k = 0; k < shares_; ++k) {
+            const int share = (participant + k) % shares_;
+            const int begin = int(int64_t(count_) * share / shares_);
+            const int end = int(int64_t(count_) * (share + 1) / shares_);
+            if (taken_[share].count.load(std::memory_order_relaxed) >= end - begin) continue;
+            const int i = taken_[share].count.fetch_add(1, std::memory_order_relaxed);
+            if (i < end - begin) return begin + i;
+        }
+        return -1;
+    }
+
+private:
+    static constexpr int kMost = 16;
+    struct alignas(64) Counter {
+        std::atomic<int> count{0};
+    };
+    int count_ = 0, shares_ = 1;
+    Counter taken_[kMost];
 };
 
 class Pool {

@@ -180,8 +180,8 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
             const int32_t sum =
                 pro.table ? round_run<true>(pro, p + at, pro.segment, inverse, q + at)
                           : round_run<false>(pro, p + at, pro.segment, inverse, q + at);
-            to.offset[s * to.rows + row] = pro.start - 8 * sum;
-            if (to.act_scale) to.act_scale[s * to.rows + row] = scale[0];
+            to.offset[s * to.stride + row] = pro.start - 8 * sum;
+            if (to.act_scale) to.act_scale[s * to.stride + row] = scale[0];
         }
         to.token_scale[row] = to.act_scale ? 1.0f : scale[0];
     }
@@ -256,6 +256,16 @@ inline void interleave_four(const int8_t* q, size_t stride, int8_t* out) {
     store_fours(MIX(b, d, PAIRS_HIGH), out + 3 * step, 4 * step);
 }
 
+// The rows' bytes, [rows][padded], to lines of 64.
+void put_lines(const int8_t* q, int padded, const QuantTile& to) {
+    for (int r = 0; r < to.rows; ++r, q += padded) {
+        int8_t* out = to.acts + r * kLine;
+        for (int k = 0; k < padded; k += kLine, out += kMatrixRows * kLine) {
+            __builtin_memcpy(out, q + k, kLine);
+        }
+    }
+}
+
 // The rows' bytes, [rows][padded], to the tile's order. Rows that do not exist hold anything.
 void interleave(const int8_t* q, int padded, const QuantTile& to) {
     if (to.rows == 1) {
@@ -295,5 +305,9 @@ void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int ste
                          scratch.bytes + size_t(first + r) * pro.padded);
         }
     }
-    interleave(scratch.bytes, pro.padded, to);
+    if (to.lines) {
+        put_lines(scratch.bytes, pro.padded, to);
+    } else {
+        interleave(scratch.bytes, pro.padded, to);
+    }
 }

@@ -1,7 +1,6 @@
 #include "rows.hpp"
 
 #include <algorithm>
-#include <atomic>
 
 #include "layout.hpp"
 #include "pool.hpp"
@@ -10,17 +9,20 @@ namespace omega {
 namespace {
 
 // Operations below which a second thread costs more than it saves.
-constexpr double kWorthSharing = 2e5;
+constexpr double kWorthSharing = 1e4;
 constexpr int kPartsPerThread = 4;
 
 // Deals out [0, count) in ranges.
 template <class Args>
 class Ranges final : public Job {
 public:
-    Ranges(void (*fn)(const Args&, size_t, size_t), const Args& args, size_t count, int parts)
-        : fn_(fn), args_(args), count_(count), parts_(size_t(parts)) {}
-    void run(int) override {
-        for (size_t i; (i = next_.fetch_add(1)) < parts_;) {
+    Ranges(void (*fn)(const Args&, size_t, size_t), const Args& args, size_t count, int parts,
+           int threads)
+        : fn_(fn), args_(args), count_(count), parts_(size_t(parts)) {
+        deal_.open(parts, threads);
+    }
+    void run(int participant) override {
+        for (int i; (i = deal_.take(participant)) >= 0;) {
             fn_(args_, count_ * i / parts_, count_ * (i + 1) / parts_);
         }
     }
@@ -29,7 +31,7 @@ private:
     void (*fn_)(const Args&, size_t, size_t);
     const Args& args_;
     size_t count_, parts_;
-    std::atomic<size_t> next_{0};
+    Deal deal_;
 };
 
 template <class Args>
@@ -41,7 +43,7 @@ void share(void (*fn)(const Args&, size_t, size_t), const Args& args, size_t cou
         return;
     }
     const int parts = int(std::min<size_t>(count, size_t(threads) * kPartsPerThread));
-    Ranges<Args> job(fn, args, count, parts);
+    Ranges<Args> job(fn, args, count, parts, threads);
     pool.run(job, threads);
 }
 
@@ -65,7 +67,7 @@ void run_residual(const ResidualArgs& a, const Isa& isa, Pool& pool, int threads
 
 void run_attend(const AttendArgs& a, const Isa& isa, Pool& pool, int threads) {
     const double keys = double(a.keys[0].count) + (a.sources > 1 ? a.keys[1].count : 0);
-    const double work = 0.1 * double(a.batch) * a.heads * a.rows * keys * a.dim;
+    const double work = double(a.batch) * a.heads * a.rows * keys * a.dim;
     share(isa.rows->attend, a, attend_units(a), work, pool, threads);
 }
 

@@ -5,6 +5,8 @@
 // split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
 // as_float (same bits), sub, mul, addf, fma, and loads and stores of floats.
 
+#include "output.inl"
+
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
 // The compiler may assume nothing of v from here on.
 #if defined(__x86_64__)
@@ -107,25 +109,6 @@ struct Tile {
         }
     }
 
-    static inline void write(const TileArgs& t, int r, int n, F value) {
-        const int column = n * Vec::lanes, left = t.columns - column;
-        value = Vec::mul(value, Vec::splatf(t.token_scale[r]));
-        value = Vec::mul(value, Vec::load(t.row_scale + column));
-        for (int i = 0; i < t.rank; ++i) {
-            const F share = Vec::splatf(t.lowrank[r * t.lowrank_stride + i]);
-            value = Vec::addf(value, Vec::mul(share, Vec::load(t.lowrank_a + i * t.outputs + column)));
-        }
-        value = Vec::addf(value, Vec::load(t.bias + column));
-        float* to = t.y + r * t.y_stride + column;
-        if (left >= Vec::lanes) {
-            Vec::store(to, value);
-        } else if (left > 0) {
-            float part[Vec::lanes];
-            Vec::store(part, value);
-            for (int i = 0; i < left; ++i) to[i] = part[i];
-        }
-    }
-
     // Lines of y are written at the end; stores that wait for memory would hold up others.
     static inline void expect_writes(const TileArgs& t) {
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -191,6 +174,7 @@ void fill_tiles(Isa& isa) {
 inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
+    isa.line = kSegment;
     isa.max_rows = Vec::max_rows;
     isa.wide_rows = Vec::wide_rows;
     isa.panels[0] = Vec::narrow;

@@ -186,6 +186,25 @@ def test_same_bits_when_worth_two_threads(isa: str) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_large_products_have_the_bits_of_plain_loops(isa: str, kind: str) -> None:
+    """More rows than a block holds, more inputs than are unpacked at a time, and what `auto` takes
+    for a product that is worth a matrix unit."""
+    scheme = Scheme(
+        rotation=Rotation("hadamard"), weight=WeightScheme(), activation=ActivationScheme(kind)
+    )
+    layer = make(scheme, 1088, None, 200)
+    x = tokens(1000, 1088)[0]
+    expected = NativeLayer(layer, "portable")(x, None)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(NativeLayer(layer, isa)(x, None), expected)
+        assert torch.equal(NativeLayer(layer)(x, None), expected)
+        assert torch.equal(NativeLayer(layer)(x[:5], None), expected[:5])
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_joined_layers_have_the_bits_of_the_separate_ones(isa: str) -> None:
     """Rows side by side, ranks of their own: what shares an input can be one product."""
     scheme = Scheme(

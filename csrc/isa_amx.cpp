@@ -1,0 +1,363 @@
+// AMX: tiles of 16 rows of 64 bytes, whose product adds 16 x 16 sums of 64 inputs in 16 cycles.
+//
+// Rows of activations meet a strip of four panels. A run of inputs at a time, its weights are
+// unpacked once, as bytes with a sign, to where the first-level cache keeps them; then every tile
+// of rows meets them. A piece of 8 inputs, unpacked, is two rows of a tile of weights.
+// Sums of a segment leave the matrix unit by memory, the only way out. That takes a while, so three
+// segments are under way at any time (`segment_run`).
+#include "layout.hpp"
+
+#if defined(__x86_64__) && defined(OMEGA_HAVE_AMX)
+#include <immintrin.h>
+
+#include "target.hpp"
+OMEGA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")
+
+namespace omega {
+namespace {
+
+#include "isa_avx512.inl"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kPanels = 4;                      // of a strip
+constexpr int kTileBytes = kMatrixRows * kLine;  // of activations, weights or sums
+constexpr int kSums = kMatrixRows * kPanel;     // of a tile
+constexpr int kRing = 4;                        // tiles of sums on their way
+constexpr int kPiecesPerLine = kLine / kPiece;
+
+// Not the intrinsics: they take literal numbers only, no template's.
+template <int T>
+inline void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(T)); }
+template <int T>
+inline void tile_load(const void* from) {
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0"
+                     : : "i"(T), "r"(from), "r"(size_t(kLine)) : "memory");
+}
+template <int T>
+inline void tile_store(void* to) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)"
+                     : : "i"(T), "r"(to), "r"(size_t(kLine)) : "memory");
+}
+// tile SUM += tile A (rows of signed bytes) times tile B (weights).
+template <int SUM, int A, int B>
+inline void tile_dot() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
+}
+
+// Tiles 0 to 3 hold sums, 4 and 6 activations, 5 and 7 weights; only weights always have 16 rows.
+void configure(int rows) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof config == 64, "what the instruction reads");
+    for (int i = 0; i < 8; ++i) {
+        config.bytes[i] = kLine;
+        config.rows[i] = uint8_t(i == 5 || i == 7 ? kMatrixRows : rows);
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+}
+
+// `lines` lines of a strip's weights from the `first` on, to [panels][lines][16][64].
+void unpack(const TileArgs& t, int first, int lines, int8_t* to) {
+    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+    for (int panel = 0; panel < kPanels; ++panel) {
+        const uint8_t* from = t.weight + (panel / Vec::narrow) * t.strip_bytes +
+                              (panel % Vec::narrow) * kPieceBytes +
+                              size_t(first) * kPiecesPerLine * Vec::narrow * kPieceBytes;
+        for (int p = 0; p < lines * kPiecesPerLine; ++p) {
+            const __m512i both = _mm512_load_si512(from);
+            const __m512i even = _mm512_and_si512(both, low);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            _mm512_store_si512(to, _mm512_sub_epi8(even, eight));
+            _mm512_store_si512(to + kLine, _mm512_sub_epi8(odd, eight));
+            __builtin_prefetch(from + 4096, 0, 2);
+            from += Vec::narrow * kPieceBytes;
+            to += 2 * kLine;
+        }
+    }
+}
+
+// A run of lines of one strip, unpacked, and the tiles of rows that meet it.
+struct Run {
+    const TileArgs& strip;
+    const QuantTile* tiles;
+    int count;
+    int first_line, lines;
+    bool first, last;        // of the strip's runs
+    const StripScratch& scratch;
+};
+
+// What write() wants to know of a tile of rows. `y` moves on with the tiles.
+inline TileArgs point_at(const Run& run, int tile, float* y) {
+    const QuantTile& q = run.tiles[tile];
+    TileArgs t = run.strip;
+    t.act_scale = q.act_scale;
+    t.token_scale = q.token_scale;
+    t.lowrank = q.lowrank + (t.lowrank - run.tiles[0].lowrank);
+    t.y = y;
+    return t;
+}
+
+// As write(), with all that a row does not need anew outside of the loop.
+template <int R>
+inline void write_rows(const TileArgs& t, int rows, int panel, const __m512 (&y)[R]) {
+    const int column = panel * kPanel, left = t.columns - column;
+    if (left <= 0) return;
+    const __mmask16 mask = left < kPanel ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
+    const __m512 scale = Vec::load(t.row_scale + column), bias = Vec::load(t.bias + column);
+    const float* a = t.lowrank_a + column;
+    float* to = t.y + column;
+    UNROLL for (int r = 0; r < R; ++r, to += t.y_stride) {
+        if (r == rows) return;
+        __m512 value = Vec::mul(Vec::mul(y[r], Vec::splatf(t.token_scale[r])), scale);
+        for (int i = 0; i < t.rank; ++i) {
+            const __m512 share = Vec::splatf(t.lowrank[r * t.lowrank_stride + i]);
+            value = Vec::addf(value, Vec::mul(share, Vec::load(a + i * t.outputs)));
+        }
+        _mm512_mask_storeu_ps(to, mask, Vec::addf(value, bias));
+    }
+}
+
+// Stores that wait for memory would hold up others.
+template <int R>
+inline void expect_writes(const TileArgs& t, int panel) {
+    const float* to = t.y + panel * kPanel;
+    if (panel * kPanel >= t.columns) return;
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(to + r * t.y_stride, 1, 3);
+}
+
+// total += sums * row scales * column scales of a segment, as Tile::accumulate.
+template <int R, int MODE>
+inline __attribute__((always_inline)) void add(const int32_t* sums, const float* row_scale,
+                                               const float* column_scale, __m512 (&y)[R]) {
+    __m512 column = _mm512_setzero_ps();
+    if (MODE & kWeightSegments) column = Vec::load(column_scale);
+    UNROLL for (int r = 0; r < R; ++r) {
+        __m512 value = Vec::to_float(_mm512_load_si512(sums + r * kPanel));
+        if (MODE == kActSegments) {
+            y[r] = Vec::fma(value, Vec::splatf(row_scale[r]), y[r]);
+            continue;
+        }
+        if (MODE & kActSegments) value = Vec::mul(value, Vec::splatf(row_scale[r]));
+        y[r] = Vec::addf(y[r], Vec::mul(value, column));
+    }
+}
+
+// Where the next sum's bytes are: segments of the panels of the tiles of rows, in this order.
+struct Cursor {
+    const int8_t *acts, *weights, *acts_end, *weights_end;
+    int tile;
+};
+
+inline void move_on(const Run& run, Cursor& c) {
+    if (c.acts != c.acts_end) return;
+    if (c.weights == c.weights_end) {
+        c.weights = run.scratch.weights;
+        if (++c.tile == run.count) --c.tile;  // what follows is begun and not used
+    }
+    c.acts = run.tiles[c.tile].acts + size_t(run.first_line) * kTileBytes;
+    c.acts_end = c.acts + size_t(run.lines) * kTileBytes;
+}
+
+template <int T>
+inline __attribute__((always_inline)) void begin(const Run& run, int per, Cursor& c) {
+    constexpr int a = T % 2 ? 6 : 4, b = a + 1;
+    tile_zero<T>();
+    int i = 0;
+    do {
+        tile_load<a>(c.acts);
+        tile_load<b>(c.weights);
+        tile_dot<T, a, b>();
+        c.acts += kTileBytes;
+        c.weights += kTileBytes;
+    } while (++i < per);
+    move_on(run, c);
+}
+
+template <int T>
+inline __attribute__((always_inline)) void take(const Run& run) {
+    tile_store<T>(run.scratch.ring + T * kSums);
+}
+
+// Segments with scales of their own, for tiles of up to R rows: a sequence of sums, one for each
+// segment of each panel of each tile of rows. One is begun, leaves the matrix unit three later,
+// and is added up one later still.
+template <int R, int MODE>
+void segment_run(const Run& run) {
+    const int per = run.strip.pieces / kPiecesPerLine, segments = run.lines / per;
+    Cursor c{nullptr, run.scratch.weights, nullptr,
+             run.scratch.weights + size_t(kPanels) * run.lines * kTileBytes, 0};
+    move_on(run, c);
+    begin<0>(run, per, c);
+    begin<1>(run, per, c);
+    begin<2>(run, per, c);
+    begin<3>(run, per, c);
+    take<0>(run);
+    float* out = run.strip.y;
+    const size_t first = size_t(run.first_line / per);
+    int at = 0;
+    for (int tile = 0; tile < run.count; ++tile) {
+        const TileArgs t = point_at(run, tile, out);
+        for (int panel = 0; panel < kPanels; ++panel) {
+            float* kept = run.scratch.sums + (size_t(tile) * kPanels + panel) * kSums;
+            const float* row = t.act_scale + first * kMatrixRows;
+            const float* column = t.weight_scale + first * t.outputs + panel * kPanel;
+            __m512 y[R];
+            UNROLL for (int r = 0; r < R; ++r) {
+                y[r] = run.first ? _mm512_setzero_ps() : _mm512_load_ps(kept + r * kPanel);
+            }
+            if (run.last) expect_writes<R>(t, panel);
+            for (int s = 0; s < segments; ++s, at = (at + 1) % 4) {
+                switch (at) {
+                    case 0: begin<0>(run, per, c); take<1>(run); break;
+                    case 1: begin<1>(run, per, c); take<2>(run); break;
+                    case 2: begin<2>(run, per, c); take<3>(run); break;
+                    default: begin<3>(run, per, c); take<0>(run);
+                }
+                add<R, MODE>(run.scratch.ring + at * kSums, row, column, y);
+                row += kMatrixRows;
+                column += t.outputs;
+            }
+            if (run.last) {
+                write_rows(t, run.tiles[tile].rows, panel, y);
+            } else {
+                UNROLL for (int r = 0; r < R; ++r) _mm512_store_ps(kept + r * kPanel, y[r]);
+            }
+        }
+        out += size_t(run.tiles[tile].rows) * t.y_stride;
+    }
+}
+
+// One sum over all inputs: it stays in the matrix unit for a run of lines.
+template <int R>
+void plain_run(const Run& run) {
+    float* out = run.strip.y;
+    for (int tile = 0; tile < run.count; ++tile) {
+        int32_t* kept = reinterpret_cast<int32_t*>(run.scratch.sums) + tile * kPanels * kSums;
+        if (run.first) {
+            tile_zero<0>();
+            tile_zero<1>();
+            tile_zero<2>();
+            tile_zero<3>();
+        } else {
+            tile_load<0>(kept);
+            tile_load<1>(kept + kSums);
+            tile_load<2>(kept + 2 * kSums);
+            tile_load<3>(kept + 3 * kSums);
+        }
+        const int8_t* acts = run.tiles[tile].acts + size_t(run.first_line) * kTileBytes;
+        const int8_t* weights = run.scratch.weights;
+        const size_t panel = size_t(run.lines) * kTileBytes;
+        for (int i = 0; i < run.lines; ++i, acts += kTileBytes, weights += kTileBytes) {
+            tile_load<4>(acts);
+            tile_load<5>(weights);
+            tile_dot<0, 4, 5>();
+            tile_load<7>(weights + panel);
+            tile_dot<1, 4, 7>();
+            tile_load<5>(weights + 2 * panel);
+            tile_dot<2, 4, 5>();
+            tile_load<7>(weights + 3 * panel);
+            tile_dot<3, 4, 7>();
+        }
+        tile_store<0>(kept);
+        tile_store<1>(kept + kSums);
+        tile_store<2>(kept + 2 * kSums);
+        tile_store<3>(kept + 3 * kSums);
+        if (!run.last) continue;
+        const TileArgs t = point_at(run, tile, out);
+        for (int panel = 0; panel < kPanels; ++panel) {
+            __m512 y[R];
+            UNROLL for (int r = 0; r < R; ++r) {
+                y[r] = Vec::to_float(_mm512_load_si512(kept + panel * kSums + r * kPanel));
+            }
+            write_rows(t, run.tiles[tile].rows, panel, y);
+        }
+        out += size_t(run.tiles[tile].rows) * t.y_stride;
+    }
+}
+
+template <int R, int MODE>
+void strip(const TileArgs& t, const QuantTile* tiles, int count, const StripScratch& scratch) {
+    const int lines = t.segments * t.pieces / kPiecesPerLine;
+    const int per = MODE ? t.pieces / kPiecesPerLine : 1;
+    const int step = kRunLines / per * per;
+    for (int first = 0; first < lines; first += step) {
+        const int now = first + step < lines ? step : lines - first;
+        unpack(t, first, now, scratch.weights);
+        const Run run{t, tiles, count, first, now, first == 0, first + now == lines, scratch};
+        if constexpr (MODE == 0) {
+            plain_run<R>(run);
+        } else {
+            segment_run<R, MODE>(run);
+        }
+    }
+}
+
+template <int R>
+void strip_of_mode(int mode, const TileArgs& t, const QuantTile* tiles, int count,
+                   const StripScratch& scratch) {
+    switch (mode) {
+        case 0: strip<R, 0>(t, tiles, count, scratch); break;
+        case 1: strip<R, 1>(t, tiles, count, scratch); break;
+        case 2: strip<R, 2>(t, tiles, count, scratch); break;
+        default: strip<R, 3>(t, tiles, count, scratch);
+    }
+}
+
+// All tiles of `rows` rows or one fewer.
+void run_strip(int mode, int rows, const TileArgs& t, const QuantTile* tiles, int count,
+               const StripScratch& scratch) {
+    switch ((rows - 1) / 4) {
+        case 0: strip_of_mode<4>(mode, t, tiles, count, scratch); break;
+        case 1: strip_of_mode<8>(mode, t, tiles, count, scratch); break;
+        case 2: strip_of_mode<12>(mode, t, tiles, count, scratch); break;
+        default: strip_of_mode<16>(mode, t, tiles, count, scratch);
+    }
+}
+
+void release() { __asm__ volatile("tilerelease"); }
+
+long peak_products(int rounds) {
+    configure(kMatrixRows);
+    tile_zero<4>();
+    tile_zero<5>();
+    for (int round = 0; round < rounds; ++round) {
+        tile_dot<0, 4, 5>();
+        tile_dot<1, 4, 5>();
+        tile_dot<2, 4, 5>();
+        tile_dot<3, 4, 5>();
+    }
+    release();
+    return long(rounds) * 4 * kSums * kLine;
+}
+
+}  // namespace
+
+// For every product, or for those that are worth it.
+const Isa* isa_amx(bool every) {
+    const auto make = [](int rows, double work) {
+        Isa made = *isa_avx512vnni();
+        made.name = "amx-int8";
+        made.plain = isa_avx512vnni();
+        made.max_rows = kMatrixRows;
+        made.least_rows = rows;
+        made.least_work = work;
+        made.line = kLine;
+        made.peak = &peak_products;
+        made.matrix = {&configure, &run_strip, &release};
+        return made;
+    };
+    static const Isa always = make(1, 0.0), worth = make(12, 5e7);
+    return every ? &always : &worth;
+}
+
+}  // namespace omega
+OMEGA_TARGET_END
+#else
+namespace omega {
+const Isa* isa_amx(bool) { return nullptr; }
+}  // namespace omega
+#endif
