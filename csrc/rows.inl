@@ -359,7 +359,7 @@ void attend_range(const AttendArgs& a, size_t begin, size_t end) {
 // R rows from `row` on times a panel of N vectors, which starts at output `first`.
 template <int R, int N>
 inline __attribute__((always_inline)) void dense_tile(const DenseArgs& a, size_t row, int first,
-                                                      const float* w) {
+                                                      const float* w, const float* ahead) {
     Floats sum[R][N];
     OMEGA_UNROLL for (int n = 0; n < N; ++n) {
         const Floats bias = load(a.bias + first + n * LANES);
@@ -367,6 +367,7 @@ inline __attribute__((always_inline)) void dense_tile(const DenseArgs& a, size_t
     }
     const float* x = a.x + row * a.inputs;
     for (int k = 0; k < a.inputs; ++k, w += N * LANES) {
+        __builtin_prefetch(ahead + k * 16, 0, 2);
         Floats weight[N];
         OMEGA_UNROLL for (int n = 0; n < N; ++n) weight[n] = load(w + n * LANES);
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -383,15 +384,21 @@ inline __attribute__((always_inline)) void dense_tile(const DenseArgs& a, size_t
     }
 }
 
+// Every tile of rows asks for a share of the weights that come next, `ahead`: those of a small
+// policy do not fit the second-level cache together, and its few rows leave no time to wait.
 template <int N>
-void dense_panel(const DenseArgs& a, size_t row, size_t end, int first, const float* w) {
-    for (; row + kTall <= end; row += kTall) dense_tile<kTall, N>(a, row, first, w);
+void dense_panel(const DenseArgs& a, size_t row, size_t end, int first, const float* w,
+                 const float* ahead) {
+    const size_t step = size_t(a.inputs) * 16;
+    int more = N - 1;
+    const auto next = [&] { return more-- > 0 ? ahead += step, ahead - step : ahead; };
+    for (; row + kTall <= end; row += kTall) dense_tile<kTall, N>(a, row, first, w, next());
     if (kTall > 4 && row + 4 <= end) {
-        dense_tile<4, N>(a, row, first, w);
+        dense_tile<4, N>(a, row, first, w, next());
         row += 4;
     }
-    for (; row + 2 <= end; row += 2) dense_tile<2, N>(a, row, first, w);
-    if (row < end) dense_tile<1, N>(a, row, first, w);
+    for (; row + 2 <= end; row += 2) dense_tile<2, N>(a, row, first, w, next());
+    if (row < end) dense_tile<1, N>(a, row, first, w, next());
 }
 
 void dense_range(const DenseArgs& a, size_t begin, size_t end) {
@@ -402,12 +409,13 @@ void dense_range(const DenseArgs& a, size_t begin, size_t end) {
         const size_t last = row + kDenseRows < a.rows ? row + kDenseRows : a.rows;
         const int first = int(unit % panels) * kColumns, left = a.outputs - first;
         const float* w = a.weight + size_t(first) * a.inputs;
+        const float* ahead = left > 2 * kColumns ? w + size_t(kColumns) * a.inputs : w;
         if (left > (kWide - 1) * LANES) {
-            dense_panel<kWide>(a, row, last, first, w);
+            dense_panel<kWide>(a, row, last, first, w, ahead);
         } else if (left > LANES) {
-            dense_panel<2>(a, row, last, first, w);
+            dense_panel<2>(a, row, last, first, w, ahead);
         } else {
-            dense_panel<1>(a, row, last, first, w);
+            dense_panel<1>(a, row, last, first, w, ahead);
         }
     }
 }
