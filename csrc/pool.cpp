@@ -11,6 +11,8 @@ namespace {
 // where a sleeping core is a halted virtual machine's: longer than most layers of a small policy. So
 // it is about the longest gap between the jobs of one action chunk, Python's part included.
 constexpr auto kSpin = std::chrono::microseconds(400);
+// After this long it lets others have the core, if there are any.
+constexpr auto kPolite = std::chrono::microseconds(20);
 
 }  // namespace
 
@@ -37,10 +39,13 @@ void Pool::start_helpers(int count) {
 }
 
 bool Pool::wait_for_region(unsigned& seen) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
+    const auto begin = std::chrono::steady_clock::now();
     for (int i = 1; epoch_.load(std::memory_order_acquire) == seen; ++i) {
         relax();
-        if (i % 64 == 0 && std::chrono::steady_clock::now() > until) {
+        if (i % 64) continue;
+        const auto waited = std::chrono::steady_clock::now() - begin;
+        if (waited > kPolite) std::this_thread::yield();
+        if (waited > kSpin) {
             std::unique_lock<std::mutex> lock(sleep_);
             sleeping_.fetch_add(1);
             wake_.wait(lock, [&] { return epoch_.load() != seen; });

@@ -30,7 +30,7 @@ inline void relax() {
 template <class Done>
 inline void wait_until(Done done) {
     for (int i = 0; !done(); ++i) {
-        if (i < 4096) {
+        if (i < 512) {
             relax();
         } else {
             std::this_thread::yield();
