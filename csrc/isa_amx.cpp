@@ -90,7 +90,7 @@ struct Run {
     const StripScratch& scratch;
 };
 
-// What write() wants to know of a tile of rows. `y` moves on with the tiles.
+// What is left to know of a tile of rows. `y` moves on with the tiles.
 inline TileArgs point_at(const Run& run, int tile, float* y) {
     const QuantTile& q = run.tiles[tile];
     TileArgs t = run.strip;
@@ -101,7 +101,7 @@ inline TileArgs point_at(const Run& run, int tile, float* y) {
     return t;
 }
 
-// As write(), with all that a row does not need anew outside of the loop.
+// As write() in tile.inl, with all that a row does not need anew outside of the loop.
 template <int R>
 inline void write_rows(const TileArgs& t, int rows, int panel, const __m512 (&y)[R]) {
     const int column = panel * kPanel, left = t.columns - column;

@@ -5,8 +5,6 @@
 // split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
 // as_float (same bits), sub, mul, addf, fma, and loads and stores of floats.
 
-#include "output.inl"
-
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
 // The compiler may assume nothing of v from here on.
 #if defined(__x86_64__)
@@ -16,6 +14,27 @@
 #else
 #define OMEGA_ANEW(v) __asm__ volatile("" : "+m"(v))
 #endif
+
+// Vector n of row r, from a finished sum to y: scales, low-rank part, bias, in this order.
+inline void write(const TileArgs& t, int r, int n, Vec::F value) {
+    const int column = n * Vec::lanes, left = t.columns - column;
+    value = Vec::mul(value, Vec::splatf(t.token_scale[r]));
+    value = Vec::mul(value, Vec::load(t.row_scale + column));
+    for (int i = 0; i < t.rank; ++i) {
+        const Vec::F share = Vec::splatf(t.lowrank[r * t.lowrank_stride + i]);
+        const Vec::F out = Vec::load(t.lowrank_a + i * t.outputs + column);
+        value = Vec::addf(value, Vec::mul(share, out));
+    }
+    value = Vec::addf(value, Vec::load(t.bias + column));
+    float* to = t.y + r * t.y_stride + column;
+    if (left >= Vec::lanes) {
+        Vec::store(to, value);
+    } else if (left > 0) {
+        float part[Vec::lanes];
+        Vec::store(part, value);
+        for (int i = 0; i < left; ++i) to[i] = part[i];
+    }
+}
 
 template <int R, int P, int MODE>
 struct Tile {
