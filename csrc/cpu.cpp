@@ -75,7 +75,7 @@ void add(std::vector<const Isa*>& list, const Isa* isa) {
 std::vector<const Isa*> usable_isas() {
     std::vector<const Isa*> list;
 #if defined(__x86_64__)
-    const Features has = features();
+    static const Features has = features();  // asked once: every layer comes here
     if (has.amx) add(list, isa_amx(true));
     if (has.avx512vnni) add(list, isa_avx512vnni());
     if (has.avxvnni) add(list, isa_avxvnni());

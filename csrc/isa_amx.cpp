@@ -3,8 +3,8 @@
 // Rows of activations meet a strip of four panels. A run of inputs at a time, its weights are
 // unpacked once, as bytes with a sign, to where the first-level cache keeps them; then every tile
 // of rows meets them. A piece of 8 inputs, unpacked, is two rows of a tile of weights.
-// Sums of a segment leave the matrix unit by memory, the only way out. That takes a while, so three
-// segments are under way at any time (`segment_run`).
+// Sums of a segment leave the matrix unit by memory, the only way out. That takes a while, so four
+// are under way at any time (`segment_run`).
 #include "layout.hpp"
 
 #if defined(__x86_64__) && defined(OMEGA_HAVE_AMX)
@@ -20,11 +20,11 @@ namespace {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-constexpr int kPanels = 4;                      // of a strip
+constexpr int kPanels = Vec::wide;              // of a strip
 constexpr int kTileBytes = kMatrixRows * kLine;  // of activations, weights or sums
 constexpr int kSums = kMatrixRows * kPanel;     // of a tile
-constexpr int kRing = 4;                        // tiles of sums on their way
 constexpr int kPiecesPerLine = kLine / kPiece;
+static_assert(kPanels == 4 && kRing == 4, "tiles 0 to 3 hold sums");
 
 // Not the intrinsics: they take literal numbers only, no template's.
 template <int T>
@@ -101,7 +101,7 @@ inline TileArgs point_at(const Run& run, int tile, float* y) {
     return t;
 }
 
-// As write() in tile.inl, with all that a row does not need anew outside of the loop.
+// As Tile::write, with all that a row does not need anew outside of the loop.
 template <int R>
 inline void write_rows(const TileArgs& t, int rows, int panel, const __m512 (&y)[R]) {
     const int column = panel * kPanel, left = t.columns - column;
@@ -210,7 +210,7 @@ void segment_run(const Run& run) {
                 y[r] = run.first ? _mm512_setzero_ps() : _mm512_load_ps(kept + r * kPanel);
             }
             if (run.last) expect_writes<R>(t, panel);
-            for (int s = 0; s < segments; ++s, at = (at + 1) % 4) {
+            for (int s = 0; s < segments; ++s, at = (at + 1) % kRing) {
                 switch (at) {
                     case 0: begin<0>(run, per, c); take<1>(run); break;
                     case 1: begin<1>(run, per, c); take<2>(run); break;

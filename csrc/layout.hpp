@@ -31,6 +31,7 @@ constexpr int kRowStride = 8;   // rows that such a tile of more than one has ro
 constexpr int kMatrixRows = 16;  // rows that a tile of a matrix unit has room for
 constexpr int kMaxRows = 16;    // rows of the tallest tile of any instruction set
 constexpr int kLine = 64;       // inputs that a matrix unit takes at a time
+constexpr int kRing = 4;        // tiles of sums on their way out of it
 constexpr int kRunLines = 4;    // lines of weights that it unpacks at a time
 constexpr int kModes = 4;
 
@@ -101,13 +102,15 @@ constexpr int kMaxExactSum = 1 << 16;
 // Where a tile's integers go.
 struct QuantTile {
     int rows;
-    int stride;          // from one segment's sums and scales to the next
     bool lines;          // for a matrix unit
     int8_t* acts;        // [padded / 4][8 or 1][4], or [padded / 64][16][64]
-    int32_t* offset;     // [segments][stride]
-    float* act_scale;    // [segments][stride], null when the scale is per token
+    int32_t* offset;     // [segments][stride()]
+    float* act_scale;    // [segments][stride()], null when the scale is per token
     float* token_scale;  // [rows]
     float* lowrank;      // [rows][rank]
+
+    // From one segment's sums and scales to the next.
+    int stride() const { return lines ? kMatrixRows : rows; }
 };
 
 // Scratch of one thread: rows of floats, kMaxRows of them for a dense rotation, and of bytes.
@@ -122,7 +125,7 @@ using PrologueFn = void (*)(const Prologue&, const float* x, size_t x_stride, in
 // Scratch of one thread for a matrix unit.
 struct StripScratch {
     int8_t* weights;  // [panels of a strip][kRunLines][16][64]
-    int32_t* ring;    // [4][16][kPanel]
+    int32_t* ring;    // [kRing][16][kPanel]
     float* sums;      // [tiles][panels of a strip][16][kPanel], floats or integers
 };
 

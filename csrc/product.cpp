@@ -105,8 +105,8 @@ public:
         const size_t first = first_row(i), scales = scale_row(i) * p.segments;
         const int rows = first_row(i + 1) - int(first);
         const bool grouped = layer_.mode_ & kActSegments;
-        return {rows, matrix_ ? kMatrixRows : rows, matrix_,
-                space_.acts.data() + acts_row(i) * p.padded, space_.offset.data() + scales,
+        return {rows, matrix_, space_.acts.data() + acts_row(i) * p.padded,
+                space_.offset.data() + scales,
                 grouped ? space_.act_scale.data() + scales : nullptr,
                 space_.token_scale.data() + first, space_.lowrank.data() + first * p.rank};
     }
@@ -134,7 +134,7 @@ private:
 
     // Of one thread's StripScratch: weights, sums on their way, sums.
     size_t weight_bytes() const { return size_t(kRunLines) * kLine * strip_panels_ * kPanel; }
-    static constexpr size_t ring_bytes = 4 * kMatrixRows * kPanel * sizeof(int32_t);
+    static constexpr size_t ring_bytes = kRing * kMatrixRows * kPanel * sizeof(int32_t);
     size_t strip_bytes() const {
         const size_t sums = size_t(tiles_) * strip_panels_ * kMatrixRows * kPanel;
         return weight_bytes() + ring_bytes + sums * sizeof(float);
@@ -258,7 +258,7 @@ void Linear::quantize(const float* x, int rows, int step, int8_t* q, float* scal
             }
             for (int g = 0; g < p.groups; ++g) {
                 const size_t s = size_t(g) * (p.group / p.segment);
-                scale[row * p.groups + g] = t.act_scale ? t.act_scale[s * t.stride + r]
+                scale[row * p.groups + g] = t.act_scale ? t.act_scale[s * t.stride() + r]
                                                         : t.token_scale[r];
             }
         }

@@ -180,8 +180,8 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
             const int32_t sum =
                 pro.table ? round_run<true>(pro, p + at, pro.segment, inverse, q + at)
                           : round_run<false>(pro, p + at, pro.segment, inverse, q + at);
-            to.offset[s * to.stride + row] = pro.start - 8 * sum;
-            if (to.act_scale) to.act_scale[s * to.stride + row] = scale[0];
+            to.offset[s * to.stride() + row] = pro.start - 8 * sum;
+            if (to.act_scale) to.act_scale[s * to.stride() + row] = scale[0];
         }
         to.token_scale[row] = to.act_scale ? 1.0f : scale[0];
     }

@@ -391,7 +391,11 @@ void dense_panel(const DenseArgs& a, size_t row, size_t end, int first, const fl
                  const float* ahead) {
     const size_t step = size_t(a.inputs) * 16;
     int more = N - 1;
-    const auto next = [&] { return more-- > 0 ? ahead += step, ahead - step : ahead; };
+    const auto next = [&] {
+        const float* now = ahead;
+        if (more-- > 0) ahead += step;
+        return now;
+    };
     for (; row + kTall <= end; row += kTall) dense_tile<kTall, N>(a, row, first, w, next());
     if (kTall > 4 && row + 4 <= end) {
         dense_tile<4, N>(a, row, first, w, next());
