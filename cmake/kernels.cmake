@@ -33,7 +33,7 @@ add_library(omega_kernels STATIC
   ${kernels}/cpu.cpp ${kernels}/pool.cpp ${kernels}/linear.cpp ${kernels}/product.cpp
   ${kernels}/rows.cpp ${kernels}/dense.cpp ${kernels}/block.cpp
   ${kernels}/isa_portable.cpp ${kernels}/isa_avx2.cpp ${kernels}/isa_avxvnni.cpp
-  ${kernels}/isa_avx512.cpp ${kernels}/isa_amx.cpp ${kernels}/isa_neon.cpp)
+  ${kernels}/isa_avx512.cpp ${kernels}/isa_amx.cpp ${kernels}/isa_pairs.cpp ${kernels}/isa_neon.cpp)
 target_include_directories(omega_kernels PUBLIC ${kernels})
 target_compile_features(omega_kernels PUBLIC cxx_std_17)
 set_target_properties(omega_kernels PROPERTIES

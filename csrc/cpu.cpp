@@ -1,5 +1,6 @@
 #include "cpu.hpp"
 
+#include <cstring>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -42,8 +43,15 @@ bool tiles_as_expected() {
            (c & 0xffff) == 16;
 }
 
+// Its adds have execution units beside those of the products, which AVX-512 shares elsewhere.
+bool has_units_to_add() {
+    unsigned a = 0, name[3] = {};
+    return __get_cpuid(0, &a, &name[0], &name[2], &name[1]) &&
+           std::memcmp(name, "AuthenticAMD", sizeof name) == 0;
+}
+
 struct Features {
-    bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+    bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false, pairs_first = false;
 };
 
 Features features() {
@@ -59,6 +67,7 @@ Features features() {
                        os_saves(0xe6);
     found.amx = found.avx512vnni && (d & (1u << 24)) && (d & (1u << 25)) && tiles_as_expected() &&
                 may_use_tiles();
+    found.pairs_first = has_units_to_add();
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         found.avxvnni = found.avx2 && (a & (1u << 4));
     }
@@ -76,8 +85,12 @@ std::vector<const Isa*> usable_isas() {
     std::vector<const Isa*> list;
 #if defined(__x86_64__)
     static const Features has = features();  // asked once: every layer comes here
-    if (has.amx) add(list, isa_amx(true));
-    if (has.avx512vnni) add(list, isa_avx512vnni());
+    if (has.amx) add(list, isa_amx());
+    if (has.avx512vnni) {
+        const Isa *pairs = isa_pairs(), *vnni = isa_avx512vnni();
+        add(list, has.pairs_first ? pairs : vnni);
+        add(list, has.pairs_first ? vnni : pairs);
+    }
     if (has.avxvnni) add(list, isa_avxvnni());
     if (has.avx2) add(list, isa_avx2());
 #elif defined(__aarch64__) && defined(__linux__)
@@ -93,7 +106,7 @@ std::vector<const Isa*> usable_isas() {
 const Isa& find_isa(const std::string& name) {
     std::string names;
     for (const Isa* isa : usable_isas()) {
-        if (name.empty() && isa->plain) return *isa_amx(false);
+        if (name.empty() && isa->automatic) return *isa->automatic;
         if (name.empty() || name == isa->name) return *isa;
         names += std::string(names.empty() ? "" : ", ") + isa->name;
     }

@@ -18,13 +18,14 @@ namespace {
 
 #include "isa_avx512.inl"
 
-#define UNROLL _Pragma("GCC unroll 16")
+#include "strips.inl"
 
-constexpr int kPanels = Vec::wide;              // of a strip
+constexpr int kPanels = Vec::wide;  // of a strip
 constexpr int kTileBytes = kMatrixRows * kLine;  // of activations, weights or sums
-constexpr int kSums = kMatrixRows * kPanel;     // of a tile
-constexpr int kPiecesPerLine = kLine / kPiece;
+constexpr int kSums = kMatrixRows * kPanel;      // of a tile
+constexpr int kRing = 4;                         // tiles of sums on their way out
 static_assert(kPanels == 4 && kRing == 4, "tiles 0 to 3 hold sums");
+static_assert(kRing * kSums <= kStripWords, "the ring is the scratch's words");
 
 // Not the intrinsics: they take literal numbers only, no template's.
 template <int T>
@@ -80,55 +81,6 @@ void unpack(const TileArgs& t, int first, int lines, int8_t* to) {
     }
 }
 
-// A run of lines of one strip, unpacked, and the tiles of rows that meet it.
-struct Run {
-    const TileArgs& strip;
-    const QuantTile* tiles;
-    int count;
-    int first_line, lines;
-    bool first, last;        // of the strip's runs
-    const StripScratch& scratch;
-};
-
-// What is left to know of a tile of rows. `y` moves on with the tiles.
-inline TileArgs point_at(const Run& run, int tile, float* y) {
-    const QuantTile& q = run.tiles[tile];
-    TileArgs t = run.strip;
-    t.act_scale = q.act_scale;
-    t.token_scale = q.token_scale;
-    t.lowrank = q.lowrank + (t.lowrank - run.tiles[0].lowrank);
-    t.y = y;
-    return t;
-}
-
-// As Tile::write, with all that a row does not need anew outside of the loop.
-template <int R>
-inline void write_rows(const TileArgs& t, int rows, int panel, const __m512 (&y)[R]) {
-    const int column = panel * kPanel, left = t.columns - column;
-    if (left <= 0) return;
-    const __mmask16 mask = left < kPanel ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
-    const __m512 scale = Vec::load(t.row_scale + column), bias = Vec::load(t.bias + column);
-    const float* a = t.lowrank_a + column;
-    float* to = t.y + column;
-    UNROLL for (int r = 0; r < R; ++r, to += t.y_stride) {
-        if (r == rows) return;
-        __m512 value = Vec::mul(Vec::mul(y[r], Vec::splatf(t.token_scale[r])), scale);
-        for (int i = 0; i < t.rank; ++i) {
-            const __m512 share = Vec::splatf(t.lowrank[r * t.lowrank_stride + i]);
-            value = Vec::addf(value, Vec::mul(share, Vec::load(a + i * t.outputs)));
-        }
-        _mm512_mask_storeu_ps(to, mask, Vec::addf(value, bias));
-    }
-}
-
-// Stores that wait for memory would hold up others.
-template <int R>
-inline void expect_writes(const TileArgs& t, int panel) {
-    const float* to = t.y + panel * kPanel;
-    if (panel * kPanel >= t.columns) return;
-    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(to + r * t.y_stride, 1, 3);
-}
-
 // total += sums * row scales * column scales of a segment, as Tile::accumulate.
 template <int R, int MODE>
 inline __attribute__((always_inline)) void add(const int32_t* sums, const float* row_scale,
@@ -179,7 +131,7 @@ inline __attribute__((always_inline)) void begin(const Run& run, int per, Cursor
 
 template <int T>
 inline __attribute__((always_inline)) void take(const Run& run) {
-    tile_store<T>(run.scratch.ring + T * kSums);
+    tile_store<T>(run.scratch.words + T * kSums);
 }
 
 // Segments with scales of their own, for tiles of up to R rows: a sequence of sums, one for each
@@ -217,7 +169,7 @@ void segment_run(const Run& run) {
                     case 2: begin<2>(run, per, c); take<3>(run); break;
                     default: begin<3>(run, per, c); take<0>(run);
                 }
-                add<R, MODE>(run.scratch.ring + at * kSums, row, column, y);
+                add<R, MODE>(run.scratch.words + at * kSums, row, column, y);
                 row += kMatrixRows;
                 column += t.outputs;
             }
@@ -280,45 +232,57 @@ void plain_run(const Run& run) {
 }
 
 template <int R, int MODE>
-void strip(const TileArgs& t, const QuantTile* tiles, int count, const StripScratch& scratch) {
-    const int lines = t.segments * t.pieces / kPiecesPerLine;
-    const int per = MODE ? t.pieces / kPiecesPerLine : 1;
-    const int step = kRunLines / per * per;
-    for (int first = 0; first < lines; first += step) {
-        const int now = first + step < lines ? step : lines - first;
-        unpack(t, first, now, scratch.weights);
-        const Run run{t, tiles, count, first, now, first == 0, first + now == lines, scratch};
+void strip(const TileArgs& t, const QuantTile* tiles, int count, Lines lines,
+           const StripScratch& scratch) {
+    for_runs(MODE, t, tiles, count, lines, scratch, [](const Run& run) {
+        unpack(run.strip, run.first_line, run.lines, run.scratch.weights);
         if constexpr (MODE == 0) {
             plain_run<R>(run);
         } else {
             segment_run<R, MODE>(run);
         }
-    }
+    });
 }
 
 template <int R>
 void strip_of_mode(int mode, const TileArgs& t, const QuantTile* tiles, int count,
-                   const StripScratch& scratch) {
+                   Lines lines, const StripScratch& scratch) {
     switch (mode) {
-        case 0: strip<R, 0>(t, tiles, count, scratch); break;
-        case 1: strip<R, 1>(t, tiles, count, scratch); break;
-        case 2: strip<R, 2>(t, tiles, count, scratch); break;
-        default: strip<R, 3>(t, tiles, count, scratch);
+        case 0: strip<R, 0>(t, tiles, count, lines, scratch); break;
+        case 1: strip<R, 1>(t, tiles, count, lines, scratch); break;
+        case 2: strip<R, 2>(t, tiles, count, lines, scratch); break;
+        default: strip<R, 3>(t, tiles, count, lines, scratch);
     }
 }
 
 // All tiles of `rows` rows or one fewer.
 void run_strip(int mode, int rows, const TileArgs& t, const QuantTile* tiles, int count,
-               const StripScratch& scratch) {
+               Lines lines, const StripScratch& scratch) {
     switch ((rows - 1) / 4) {
-        case 0: strip_of_mode<4>(mode, t, tiles, count, scratch); break;
-        case 1: strip_of_mode<8>(mode, t, tiles, count, scratch); break;
-        case 2: strip_of_mode<12>(mode, t, tiles, count, scratch); break;
-        default: strip_of_mode<16>(mode, t, tiles, count, scratch);
+        case 0: strip_of_mode<4>(mode, t, tiles, count, lines, scratch); break;
+        case 1: strip_of_mode<8>(mode, t, tiles, count, lines, scratch); break;
+        case 2: strip_of_mode<12>(mode, t, tiles, count, lines, scratch); break;
+        default: strip_of_mode<16>(mode, t, tiles, count, lines, scratch);
     }
 }
 
 void release() { __asm__ volatile("tilerelease"); }
+
+// The rows' bytes, [rows][padded], to lines of 64.
+void put_lines(const int8_t* q, int padded, const QuantTile& to) {
+    for (int r = 0; r < to.rows; ++r, q += padded) {
+        int8_t* out = to.acts + r * kLine;
+        for (int k = 0; k < padded; k += kLine, out += kMatrixRows * kLine) {
+            __builtin_memcpy(out, q + k, kLine);
+        }
+    }
+}
+
+void prologue_lines(const Prologue& pro, const float* x, size_t x_stride, int step,
+                    const QuantTile& to, const Scratch& scratch) {
+    isa_avx512vnni()->prologue(pro, x, x_stride, step, to, scratch);
+    put_lines(scratch.bytes, pro.padded, to);
+}
 
 long peak_products(int rounds) {
     configure(kMatrixRows);
@@ -336,28 +300,31 @@ long peak_products(int rounds) {
 
 }  // namespace
 
-// For every product, or for those that are worth it.
-const Isa* isa_amx(bool every) {
-    const auto make = [](int rows, double work) {
+const Isa* isa_amx() {
+    const auto make = [](int rows, double work, const Isa* automatic) {
         Isa made = *isa_avx512vnni();
         made.name = "amx-int8";
         made.plain = isa_avx512vnni();
+        made.automatic = automatic;
         made.max_rows = kMatrixRows;
         made.least_rows = rows;
         made.least_work = work;
         made.line = kLine;
+        made.order = Order::lines;
+        made.prologue = &prologue_lines;
         made.peak = &peak_products;
-        made.matrix = {&configure, &run_strip, &release};
+        // Its CPUs have a large second-level cache, and it waits long for weights to be unpacked.
+        made.strips = {&configure, &run_strip, &release, true, 1024 * 1024, 1 << 30};
         return made;
     };
-    static const Isa always = make(1, 0.0), worth = make(12, 5e7);
-    return every ? &always : &worth;
+    static const Isa worth = make(12, 5e7, nullptr), always = make(1, 0.0, &worth);
+    return &always;
 }
 
 }  // namespace omega
 OMEGA_TARGET_END
 #else
 namespace omega {
-const Isa* isa_amx(bool) { return nullptr; }
+const Isa* isa_amx() { return nullptr; }
 }  // namespace omega
 #endif

@@ -10,7 +10,7 @@
 // so that the whole matrix is read front to back.
 // Activations: tiles of up to 8 rows, [inputs / 4][8][4] bytes, so a tile is read front to back
 // (a tile of one row: [inputs / 4][1][4]).
-// Matrix units (isa_amx.cpp) take the same weights, and tiles of up to 16 rows, [inputs / 64][16][64].
+// Other paths take the same weights, and tiles of their own: see Order.
 // Segments: runs of inputs within which both scales are constant. One segment: a plain sum.
 #pragma once
 
@@ -30,9 +30,9 @@ constexpr int kVectorRows = 8;  // rows of the tallest tile of vectors
 constexpr int kRowStride = 8;   // rows that such a tile of more than one has room for
 constexpr int kMatrixRows = 16;  // rows that a tile of a matrix unit has room for
 constexpr int kMaxRows = 16;    // rows of the tallest tile of any instruction set
-constexpr int kLine = 64;       // inputs that a matrix unit takes at a time
-constexpr int kRing = 4;        // tiles of sums on their way out of it
-constexpr int kRunLines = 4;    // lines of weights that it unpacks at a time
+constexpr int kLine = 64;       // inputs that a run of weights has a whole number of
+constexpr int kRunLines = 16;    // lines of weights that are unpacked at a time
+constexpr int kStripWords = 1024;  // of StripScratch
 constexpr int kModes = 4;
 
 // Bits of a tile's mode: which scales change from segment to segment.
@@ -99,18 +99,33 @@ constexpr int kMaxSegmentSum = 1 << 22;
 // Sums up to here times a scale of 8 bits are exact floats.
 constexpr int kMaxExactSum = 1 << 16;
 
+// How a tile's integers lie.
+enum class Order : int {
+    vectors,  // [padded / 4][8 or 1][4]
+    lines,    // [padded / 64][16][64]: isa_amx.cpp
+    pairs,    // [padded / 8][rows][8]: isa_pairs.cpp
+};
+
 // Where a tile's integers go.
 struct QuantTile {
     int rows;
-    bool lines;          // for a matrix unit
-    int8_t* acts;        // [padded / 4][8 or 1][4], or [padded / 64][16][64]
+    Order order;
+    int8_t* acts;
     int32_t* offset;     // [segments][stride()]
     float* act_scale;    // [segments][stride()], null when the scale is per token
     float* token_scale;  // [rows]
     float* lowrank;      // [rows][rank]
 
     // From one segment's sums and scales to the next.
-    int stride() const { return lines ? kMatrixRows : rows; }
+    int stride() const { return order == Order::lines ? kMatrixRows : rows; }
+    // Of input k of a row.
+    size_t place(int row, int k) const {
+        switch (order) {
+            case Order::lines: return (size_t(k / kLine) * kMatrixRows + row) * kLine + k % kLine;
+            case Order::pairs: return (size_t(k / kPiece) * rows + row) * kPiece + k % kPiece;
+            default: return (size_t(k / 4) * (rows == 1 ? 1 : kRowStride) + row) * 4 + k % 4;
+        }
+    }
 };
 
 // Scratch of one thread: rows of floats, kMaxRows of them for a dense rotation, and of bytes.
@@ -122,41 +137,55 @@ struct Scratch {
 using PrologueFn = void (*)(const Prologue&, const float* x, size_t x_stride, int step,
                             const QuantTile&, const Scratch&);
 
-// Scratch of one thread for a matrix unit.
+// Scratch of one thread for a strip's products.
 struct StripScratch {
-    int8_t* weights;  // [panels of a strip][kRunLines][16][64]
-    int32_t* ring;    // [kRing][16][kPanel]
-    float* sums;      // [tiles][panels of a strip][16][kPanel], floats or integers
+    int8_t* weights;  // a run of the strip, unpacked: kRunLines * kLine inputs of its outputs
+    int32_t* words;   // [kStripWords], for the path's own use
+    float* sums;      // [tiles][room for rows * outputs of a strip], floats or integers, of what
+                      // came before these lines
 };
 
-// A matrix unit: set up for tiles of up to `rows` rows, multiply tiles that are all as high or one
-// row lower by a wide strip (`strip` points at the first tile's rows), and set it free.
-struct Matrix {
+// A part of the inputs, in lines.
+struct Lines {
+    int begin, end;
+};
+
+// A path that unpacks a strip's weights once for many tiles: set up for tiles of up to `rows` rows,
+// multiply tiles that are all as high or one row lower by a wide strip (`strip` points at the first
+// tile's rows), and set what it used free.
+struct Strips {
     void (*configure)(int rows);
     void (*multiply)(int mode, int rows, const TileArgs& strip, const QuantTile* tiles, int count,
-                     const StripScratch& scratch);
+                     Lines lines, const StripScratch& scratch);
     void (*release)();
+    bool wide;           // which strips
+    size_t block_bytes;  // of activations that meet a strip's runs in turn
+    int chunk_lines;     // at most that many lines of them, then those of the next strip
 };
 
 // What one instruction set offers.
 struct Isa {
     const char* name;
-    const Isa* plain;   // takes what the matrix unit does not: other segments, fewer rows
-    int least_rows;     // of a product that is worth the matrix unit,
-    double least_work;  // and its multiply-adds
+    const Isa* plain;   // takes what this one does not: other segments, wider activations,
+    int least_rows;     // products of fewer rows
+    double least_work;  // or multiply-adds
+    const Isa* automatic;  // the same for the products worth it, which the default is; null: itself
+    int max_bits;       // of activations
     int line;           // inputs are padded to a multiple of this
-    Matrix matrix;      // null: tiles of vectors
+    Order order;        // of activations
+    Strips strips;      // nulls: tiles of vectors
     int max_rows;     // rows of its tallest tile
     int wide_rows;    // tiles up to this many rows take wide strips
     int panels[2];    // panels of a narrow and of a wide strip; the narrow one divides the wide
-    TileFn tile[kModes][2][kVectorRows + 1];  // [mode][wide][rows]
+    TileFn tile[kModes][2][kMaxRows + 1];  // [mode][wide][rows]
     PrologueFn prologue;
     long (*peak)(int rounds);  // byte products in registers alone: returns how many it did
     const RowFns* rows;
 };
 
 // The tables, fastest first; null where this binary or this CPU lacks one.
-const Isa* isa_amx(bool every);
+const Isa* isa_amx();
+const Isa* isa_pairs();
 const Isa* isa_avx512vnni();
 const Isa* isa_avxvnni();
 const Isa* isa_avx2();

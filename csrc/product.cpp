@@ -10,8 +10,9 @@ namespace omega {
 namespace {
 
 // Bytes of activations that stay in a core's second-level cache while weights stream past.
-// CPUs with a matrix unit have larger ones, and it waits longer for weights to be unpacked.
-constexpr size_t kBlockBytes = 384 * 1024, kMatrixBlockBytes = 1024 * 1024;
+constexpr size_t kBlockBytes = 384 * 1024;
+// Sums kept of strips that are met again.
+constexpr size_t kSumBytes = size_t(4) << 20;
 // Parts dealt to each thread: more balance better, fewer stream longer.
 constexpr int kPartsPerThread = 8;
 // Multiply-adds below which a second thread costs more than it saves (a few microseconds).
@@ -48,16 +49,19 @@ class Product final : public Job {
 public:
     Product(const Linear& layer, const float* x, int rows, float* y, int step, int threads,
             Workspace& space)
-        : layer_(layer), isa_(suited(layer, rows)), matrix_(isa_.matrix.multiply), x_(x), y_(y),
+        : layer_(layer), isa_(suited(layer, rows)), by_strips_(isa_.strips.multiply), x_(x), y_(y),
           rows_(rows), step_(step), space_(space) {
         const Prologue& p = layer.prologue_;
         tiles_ = (rows + isa_.max_rows - 1) / isa_.max_rows;
-        wide_ = matrix_ || rows <= isa_.wide_rows;
+        wide_ = by_strips_ ? isa_.strips.wide : rows <= isa_.wide_rows;
         strip_panels_ = isa_.panels[wide_];
         strips_ = layer.padded_outputs_ / (kPanel * strip_panels_);
-        const size_t tile_bytes = size_t(matrix_ ? kMatrixRows : kRowStride) * p.padded;
-        const size_t block = matrix_ ? kMatrixBlockBytes : kBlockBytes;
-        const int fit = int(std::max<size_t>(1, block / tile_bytes));
+        const int room = isa_.order == Order::vectors ? kRowStride : isa_.max_rows;
+        lines_ = p.padded / kLine;
+        chunk_lines_ = by_strips_ ? std::min(lines_, whole_lines(isa_.strips.chunk_lines)) : lines_;
+        const size_t tile_bytes = size_t(room) * (by_strips_ ? chunk_lines_ * kLine : p.padded);
+        const size_t block = by_strips_ ? isa_.strips.block_bytes : kBlockBytes;
+        const int fit = std::max(1, int(block / tile_bytes));
         blocks_ = (tiles_ + fit - 1) / fit;
         if (threads > 1) {
             const int wanted = kPartsPerThread * threads;
@@ -95,17 +99,22 @@ public:
     }
     // Rows of bytes before a tile: a lone row of vectors needs one, other tiles all their room.
     size_t acts_row(int tile) const {
-        if (matrix_) return size_t(tile) * kMatrixRows;
-        return rows_ == 1 ? tile : size_t(tile) * kRowStride;
+        switch (isa_.order) {
+            case Order::lines: return size_t(tile) * kMatrixRows;
+            case Order::pairs: return first_row(tile);
+            default: return rows_ == 1 ? tile : size_t(tile) * kRowStride;
+        }
     }
     // Scales of a segment before a tile.
-    size_t scale_row(int tile) const { return matrix_ ? acts_row(tile) : first_row(tile); }
+    size_t scale_row(int tile) const {
+        return isa_.order == Order::lines ? acts_row(tile) : first_row(tile);
+    }
     QuantTile tile(int i) const {
         const Prologue& p = layer_.prologue_;
         const size_t first = first_row(i), scales = scale_row(i) * p.segments;
         const int rows = first_row(i + 1) - int(first);
         const bool grouped = layer_.mode_ & kActSegments;
-        return {rows, matrix_, space_.acts.data() + acts_row(i) * p.padded,
+        return {rows, isa_.order, space_.acts.data() + acts_row(i) * p.padded,
                 space_.offset.data() + scales,
                 grouped ? space_.act_scale.data() + scales : nullptr,
                 space_.token_scale.data() + first, space_.lowrank.data() + first * p.rank};
@@ -126,24 +135,33 @@ private:
         space_.lowrank.reserve(size_t(rows_) * p.rank);
         space_.rows.reserve(row_floats() * threads);
         space_.bytes.reserve(size_t(p.padded) * kMaxRows * threads);
-        if (!matrix_) return;
+        if (!by_strips_) return;
         space_.strip.reserve(strip_bytes() * threads);
         space_.tiles.reserve(tiles_);
         for (int i = 0; i < tiles_; ++i) space_.tiles[i] = tile(i);
     }
 
-    // Of one thread's StripScratch: weights, sums on their way, sums.
+    // Of one thread's StripScratch.
     size_t weight_bytes() const { return size_t(kRunLines) * kLine * strip_panels_ * kPanel; }
-    static constexpr size_t ring_bytes = kRing * kMatrixRows * kPanel * sizeof(int32_t);
+    static constexpr size_t word_bytes = kStripWords * sizeof(int32_t);
+    // Sums of a block and a strip; of as many strips as are met again for the next chunk of lines.
+    size_t strip_sums() const {
+        const int tiles = (tiles_ + blocks_ - 1) / blocks_;
+        return size_t(tiles) * isa_.max_rows * strip_panels_ * kPanel;
+    }
+    int strips_at_once() const {
+        if (chunk_lines_ == lines_) return 1;
+        const int part = (strips_ + chunks_ - 1) / chunks_;
+        return std::max(1, std::min(part, int(kSumBytes / (strip_sums() * sizeof(float)))));
+    }
     size_t strip_bytes() const {
-        const size_t sums = size_t(tiles_) * strip_panels_ * kMatrixRows * kPanel;
-        return weight_bytes() + ring_bytes + sums * sizeof(float);
+        return weight_bytes() + word_bytes + strips_at_once() * strip_sums() * sizeof(float);
     }
     StripScratch strip_scratch(int participant) const {
         int8_t* weights = space_.strip.data() + participant * strip_bytes();
-        int8_t* ring = weights + weight_bytes();
-        return {weights, reinterpret_cast<int32_t*>(ring),
-                reinterpret_cast<float*>(ring + ring_bytes)};
+        int8_t* words = weights + weight_bytes();
+        return {weights, reinterpret_cast<int32_t*>(words),
+                reinterpret_cast<float*>(words + word_bytes)};
     }
 
     // One block of tiles times one chunk of strips.
@@ -152,21 +170,12 @@ private:
         const int last = int(int64_t(tiles_) * (block + 1) / blocks_);
         const int begin = int(int64_t(strips_) * chunk / chunks_);
         const int end = int(int64_t(strips_) * (chunk + 1) / chunks_);
+        if (by_strips_) return multiply_strips(first, last, begin, end, participant);
         TileArgs t = common();
-        const int height = (rows_ + tiles_ - 1) / tiles_;
-        if (matrix_) isa_.matrix.configure(height);
         for (int strip = begin; strip < end; ++strip) {
             const int column = strip * strip_panels_ * kPanel;
             if (column >= layer_.outputs_) break;
             const int rank = point_at(column, t);
-            if (matrix_) {
-                const QuantTile* tiles = space_.tiles.data() + first;
-                t.lowrank = tiles->lowrank + rank;
-                t.y = y_ + size_t(first_row(first)) * layer_.outputs_ + column;
-                isa_.matrix.multiply(layer_.mode_, height, t, tiles, last - first,
-                                     strip_scratch(participant));
-                continue;
-            }
             for (int i = first; i < last; ++i) {
                 const QuantTile q = tile(i);
                 t.acts = q.acts;
@@ -178,7 +187,37 @@ private:
                 isa_.tile[layer_.mode_][wide_][q.rows](t);
             }
         }
-        if (matrix_) isa_.matrix.release();
+    }
+
+    // The same where a strip meets the whole block at once, a chunk of inputs at a time.
+    void multiply_strips(int first, int last, int begin, int end, int participant) const {
+        TileArgs t = common();
+        const int height = (rows_ + tiles_ - 1) / tiles_, at_once = strips_at_once();
+        const QuantTile* tiles = space_.tiles.data() + first;
+        isa_.strips.configure(height);
+        for (int from = begin; from < end; from += at_once) {
+            for (int line = 0; line < lines_; line += chunk_lines_) {
+                const Lines lines{line, std::min(line + chunk_lines_, lines_)};
+                StripScratch scratch = strip_scratch(participant);
+                for (int strip = from; strip < std::min(from + at_once, end); ++strip) {
+                    const int column = strip * strip_panels_ * kPanel;
+                    if (column >= layer_.outputs_) break;
+                    t.lowrank = tiles->lowrank + point_at(column, t);
+                    t.y = y_ + size_t(first_row(first)) * layer_.outputs_ + column;
+                    isa_.strips.multiply(layer_.mode_, height, t, tiles, last - first, lines,
+                                         scratch);
+                    scratch.sums += strip_sums();
+                }
+            }
+        }
+        isa_.strips.release();
+    }
+
+    // At most `lines`, whole segments.
+    int whole_lines(int lines) const {
+        const Prologue& p = layer_.prologue_;
+        const int per = layer_.mode_ ? p.segment / kLine : 1;
+        return lines / per * per;
     }
 
     TileArgs common() const {
@@ -215,19 +254,21 @@ private:
     }
 
     static const Isa& suited(const Linear& layer, int rows) {
-        const Isa& isa = *layer.isa_;
+        const Isa* isa = layer.isa_;
         const double work = double(rows) * layer.prologue_.padded * layer.outputs_;
-        return isa.plain && (rows < isa.least_rows || work < isa.least_work) ? *isa.plain : isa;
+        while (isa->plain && (rows < isa->least_rows || work < isa->least_work)) isa = isa->plain;
+        return *isa;
     }
 
     const Linear& layer_;
     const Isa& isa_;
-    const bool matrix_;
+    const bool by_strips_;
     const float* x_;
     float* y_;
     int rows_, step_;
     Workspace& space_;
     bool wide_ = false;
+    int lines_ = 0, chunk_lines_ = 0;  // of inputs, and those that a strip's runs go through at once
     int tiles_ = 0, strips_ = 0, strip_panels_ = 0, blocks_ = 1, chunks_ = 1;
     Deal tile_deal_, parts_;
     alignas(64) std::atomic<int> tiles_done_{0};
@@ -248,13 +289,10 @@ void Linear::quantize(const float* x, int rows, int step, int8_t* q, float* scal
     const Prologue& p = prologue_;
     for (int i = 0; i < product.tiles(); ++i) {
         const QuantTile t = product.tile(i);
-        const int stride = t.rows == 1 ? 1 : kRowStride;
         for (int r = 0; r < t.rows; ++r) {
             const size_t row = size_t(product.first_row(i)) + r;
             for (int k = 0; k < p.inputs; ++k) {
-                const size_t at = t.lines ? (size_t(k / kLine) * kMatrixRows + r) * kLine + k % kLine
-                                          : (size_t(k / 4) * stride + r) * 4 + k % 4;
-                q[row * p.inputs + k] = t.acts[at];
+                q[row * p.inputs + k] = t.acts[t.place(r, k)];
             }
             for (int g = 0; g < p.groups; ++g) {
                 const size_t s = size_t(g) * (p.group / p.segment);

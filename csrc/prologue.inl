@@ -92,23 +92,30 @@ inline int32_t sum_lanes(Ints v) {
     return v[0];
 }
 
-// p times inverse, rounded to even and cut to the range, into bytes. Returns their sum.
+// v times inverse, rounded to even and cut to the range, into bytes.
+inline Ints round_vector(Ints low, Ints high, Floats v, Floats inverse, int8_t* q) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the addition rounds
+    Ints whole = Ints(v * inverse + magic) - Ints(magic);
+    whole = larger(smaller(whole, high), low);
+    *reinterpret_cast<LooseBytes*>(q) = __builtin_convertvector(whole, Bytes);
+    return whole;
+}
+
+// The same of a run of floats. Returns the sum of the integers.
 // FIXED scales may be far too small for p: cut before rounding, which works up to 2^22.
 template <bool FIXED>
 inline int32_t round_run(const Prologue& pro, const float* p, int n, Floats inverse, int8_t* q) {
-    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the addition rounds
     const Ints low = Ints{} + int32_t(pro.low), high = Ints{} + int32_t(pro.high);
+    const Floats lowest = splat(pro.low), highest = splat(pro.high), one = splat(1.0f);
     Ints sum{};
     for (int i = 0; i < n; i += LANES) {
-        Floats v = load(p + i) * inverse;
+        Floats v = load(p + i);
         if (FIXED) {
-            v = v < pro.low ? splat(pro.low) : v;
-            v = v > pro.high ? splat(pro.high) : v;
+            v *= inverse;
+            v = v < lowest ? lowest : v;
+            v = v > highest ? highest : v;
         }
-        Ints whole = Ints(v + magic) - Ints(magic);
-        whole = larger(smaller(whole, high), low);
-        sum += whole;
-        *reinterpret_cast<LooseBytes*>(q + i) = __builtin_convertvector(whole, Bytes);
+        sum += round_vector(low, high, v, FIXED ? one : inverse, q + i);
     }
     return sum_lanes(sum);
 }
@@ -123,6 +130,16 @@ inline Floats round_scale(Floats v) {
 inline Floats at_least_tiny(Floats v) {
     constexpr float tiny = 1.17549435e-38f;
     return v < tiny ? splat(tiny) : v;
+}
+
+// From the largest numbers as bits, signed and unsigned.
+inline Floats signed_scale(const Prologue& pro, Ints above, Uints lowest) {
+    const Uints minus_zero = Uints{} + 0x80000000u;
+    const Ints below = Ints(lowest ^ minus_zero);
+    const Floats first = Floats(larger(above, below)) * pro.first_factor;
+    const Floats second = Floats(smaller(above, below)) * pro.factor;
+    const Floats size = at_least_tiny(second > first ? second : first);
+    return Floats(Uints(size) ^ (below < above ? minus_zero : Uints{}));
 }
 
 // A scale with a sign from the values that it is for, in every lane: negative where the largest of
@@ -144,14 +161,9 @@ inline Floats signed_scale(const Prologue& pro, const float* p, int n) {
         high[0] = larger(high[0], Ints(load(p + i)));
         low[0] = larger(low[0], Uints(load(p + i)));
     }
-    const Ints above = spread_largest(larger(high[0], high[1]));
-    const Ints below = Ints(spread_largest(larger(low[0], low[1])) ^ minus_zero);
-    const Floats first = Floats(larger(above, below)) * pro.first_factor;
-    const Floats second = Floats(smaller(above, below)) * pro.factor;
-    const Floats size = at_least_tiny(second > first ? second : first);
-    return Floats(Uints(size) ^ (below < above ? minus_zero : Uints{}));
+    return signed_scale(pro, spread_largest(larger(high[0], high[1])),
+                        spread_largest(larger(low[0], low[1])));
 }
-
 inline Floats dynamic_scale(const Prologue& pro, const float* p, int n) {
     if (pro.signed_scales) return signed_scale(pro, p, n);
     return at_least_tiny(absmax(p, n) * pro.factor);
@@ -185,6 +197,86 @@ void quantize_row(const Prologue& pro, const float* p, int step, int row, const 
         }
         to.token_scale[row] = to.act_scale ? 1.0f : scale[0];
     }
+}
+
+// Lane i: the largest of all lanes of v[i], for the first 2 * D of them.
+template <int D, class I>
+inline I largest_of_each(const I* v) {
+    if constexpr (D == 0) {
+        return v[0];
+    } else {
+        Ints second;
+        for (int i = 0; i < LANES; ++i) second[i] = i & D ? -1 : 0;
+        const I a = spread<D>(largest_of_each<D / 2>(v));
+        const I b = spread<D>(largest_of_each<D / 2>(v + D));
+        return second ? b : a;
+    }
+}
+
+// Scales of LANES blocks at once, as dynamic_scale: what each one's values are between is known.
+struct Ranges {
+    Ints high[LANES];   // of absolute values, or of values
+    Uints low[LANES];   // of values
+
+    inline void set(bool signed_scales, int i, const Floats* v, int n) {
+        const Uints minus_zero = Uints{} + 0x80000000u;
+        high[i] = Ints{};
+        low[i] = minus_zero;
+        for (int k = 0; k < n; ++k) {
+            high[i] = larger(high[i], signed_scales ? Ints(v[k]) : Ints(v[k]) & 0x7fffffff);
+            if (signed_scales) low[i] = larger(low[i], Uints(v[k]));
+        }
+    }
+    inline Floats scales(const Prologue& pro) const {
+        const Ints highest = largest_of_each<LANES / 2>(high);
+        if (!pro.signed_scales) return at_least_tiny(Floats(highest) * pro.factor);
+        return signed_scale(pro, highest, largest_of_each<LANES / 2>(low));
+    }
+};
+
+// The usual row: blocks of 64, rotated, with a scale each. LANES of them at a time, so that their
+// scales come out of one vector; one after another they would wait for each other.
+void quantize_blocks64(const Prologue& pro, const float* x, int row, const QuantTile& to,
+                       float* p, int8_t* q) {
+    constexpr int N = 64 / LANES, ahead = 1024;
+    const Ints low = Ints{} + int32_t(pro.low), high = Ints{} + int32_t(pro.high);
+    Ranges ranges;
+    float scale[LANES], inverse[LANES];
+    for (int first = 0; first < pro.groups; first += LANES, x += 64 * LANES) {
+        const int count = pro.groups - first < LANES ? pro.groups - first : LANES;
+        const float* multiplier = pro.multiplier ? pro.multiplier + first * 64 : nullptr;
+        for (int g = 0; g < LANES; ++g) {
+            Floats v[N] = {};
+            if (g < count) {
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) {
+                    const int at = g * 64 + i * LANES;
+                    v[i] = load(x + at);
+                    if (multiplier) v[i] *= load(multiplier + at);
+                }
+                for (int i = 0; i < 64; i += 16) __builtin_prefetch(x + ahead + g * 64 + i, 0, 3);
+                hadamard_registers(v);
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) store(p + g * 64 + i * LANES, v[i]);
+            }
+            ranges.set(pro.signed_scales, g, v, N);
+        }
+        const Floats found = round_scale(ranges.scales(pro));
+        store(scale, found);
+        store(inverse, pro.norm / found);
+        for (int g = 0; g < count; ++g, q += 64) {
+            const Floats factor = splat(inverse[g]);
+            Ints sum{};
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) {
+                sum += round_vector(low, high, load(p + g * 64 + i * LANES), factor, q + i * LANES);
+            }
+            const size_t at = size_t(first + g) * to.stride() + row;
+            to.act_scale[at] = scale[g];
+            if (to.order != Order::pairs) to.offset[at] = pro.start - 8 * sum_lanes(sum);
+        }
+    }
+    to.token_scale[row] = 1.0f;
 }
 
 // To 12 bits (Veltkamp's splitting), so that products with the 11 bits of a stored 16-bit float
@@ -256,16 +348,6 @@ inline void interleave_four(const int8_t* q, size_t stride, int8_t* out) {
     store_fours(MIX(b, d, PAIRS_HIGH), out + 3 * step, 4 * step);
 }
 
-// The rows' bytes, [rows][padded], to lines of 64.
-void put_lines(const int8_t* q, int padded, const QuantTile& to) {
-    for (int r = 0; r < to.rows; ++r, q += padded) {
-        int8_t* out = to.acts + r * kLine;
-        for (int k = 0; k < padded; k += kLine, out += kMatrixRows * kLine) {
-            __builtin_memcpy(out, q + k, kLine);
-        }
-    }
-}
-
 // The rows' bytes, [rows][padded], to the tile's order. Rows that do not exist hold anything.
 void interleave(const int8_t* q, int padded, const QuantTile& to) {
     if (to.rows == 1) {
@@ -286,10 +368,19 @@ void interleave(const int8_t* q, int padded, const QuantTile& to) {
     }
 }
 
+// For another order than Order::vectors the bytes are left in the scratch.
 void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int step,
                    const QuantTile& to, const Scratch& scratch) {
     const bool usual = pro.rotation == Rotation::hadamard && pro.block == 64 &&
                        !pro.permutation && pro.inputs % 64 == 0;
+    if (usual && to.act_scale && pro.group == 64 && pro.segment == 64 && !pro.table && !pro.rank) {
+        for (int r = 0; r < to.rows; ++r) {
+            quantize_blocks64(pro, x + r * x_stride, r, to, scratch.rows,
+                              scratch.bytes + size_t(r) * pro.padded);
+        }
+        if (to.order == Order::vectors) interleave(scratch.bytes, pro.padded, to);
+        return;
+    }
     const int batch = pro.rotation == Rotation::dense ? to.rows : 1;
     for (int first = 0; first < to.rows; first += batch) {
         for (int r = 0; r < batch; ++r) {
@@ -305,9 +396,5 @@ void prologue_tile(const Prologue& pro, const float* x, size_t x_stride, int ste
                          scratch.bytes + size_t(first + r) * pro.padded);
         }
     }
-    if (to.lines) {
-        put_lines(scratch.bytes, pro.padded, to);
-    } else {
-        interleave(scratch.bytes, pro.padded, to);
-    }
+    if (to.order == Order::vectors) interleave(scratch.bytes, pro.padded, to);
 }

@@ -191,6 +191,7 @@ void fill_tiles(Isa& isa) {
 inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
+    isa.max_bits = 8;
     isa.line = kSegment;
     isa.max_rows = Vec::max_rows;
     isa.wide_rows = Vec::wide_rows;
