@@ -68,6 +68,9 @@ Features features() {
     found.amx = found.avx512vnni && (d & (1u << 24)) && (d & (1u << 25)) && tiles_as_expected() &&
                 may_use_tiles();
     found.pairs_first = has_units_to_add();
+#if defined(OMEGA_EMULATE_TILES)
+    found.amx = found.avx512vnni;
+#endif
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         found.avxvnni = found.avx2 && (a & (1u << 4));
     }

@@ -7,7 +7,7 @@
 // are under way at any time (`segment_run`).
 #include "layout.hpp"
 
-#if defined(__x86_64__) && defined(OMEGA_HAVE_AMX)
+#if defined(__x86_64__) && (defined(OMEGA_HAVE_AMX) || defined(OMEGA_EMULATE_TILES))
 #include <immintrin.h>
 
 #include "target.hpp"
@@ -27,38 +27,16 @@ constexpr int kRing = 4;                         // tiles of sums on their way o
 static_assert(kPanels == 4 && kRing == 4, "tiles 0 to 3 hold sums");
 static_assert(kRing * kSums <= kStripWords, "the ring is the scratch's words");
 
-// Not the intrinsics: they take literal numbers only, no template's.
-template <int T>
-inline void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(T)); }
-template <int T>
-inline void tile_load(const void* from) {
-    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0"
-                     : : "i"(T), "r"(from), "r"(size_t(kLine)) : "memory");
-}
-template <int T>
-inline void tile_store(void* to) {
-    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)"
-                     : : "i"(T), "r"(to), "r"(size_t(kLine)) : "memory");
-}
-// tile SUM += tile A (rows of signed bytes) times tile B (weights).
-template <int SUM, int A, int B>
-inline void tile_dot() {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
-}
+#include "tiles.inl"
 
 // Tiles 0 to 3 hold sums, 4 and 6 activations, 5 and 7 weights; only weights always have 16 rows.
 void configure(int rows) {
-    struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } config;
-    static_assert(sizeof config == 64, "what the instruction reads");
+    TileConfig config;
     for (int i = 0; i < 8; ++i) {
         config.bytes[i] = kLine;
         config.rows[i] = uint8_t(i == 5 || i == 7 ? kMatrixRows : rows);
     }
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    tile_configure(config);
 }
 
 // `lines` lines of a strip's weights from the `first` on, to [panels][lines][16][64].
@@ -266,7 +244,6 @@ void run_strip(int mode, int rows, const TileArgs& t, const QuantTile* tiles, in
     }
 }
 
-void release() { __asm__ volatile("tilerelease"); }
 
 // The rows' bytes, [rows][padded], to lines of 64.
 void put_lines(const int8_t* q, int padded, const QuantTile& to) {
@@ -294,7 +271,7 @@ long peak_products(int rounds) {
         tile_dot<2, 4, 5>();
         tile_dot<3, 4, 5>();
     }
-    release();
+    tile_release();
     return long(rounds) * 4 * kSums * kLine;
 }
 
@@ -314,7 +291,7 @@ const Isa* isa_amx() {
         made.prologue = &prologue_lines;
         made.peak = &peak_products;
         // Its CPUs have a large second-level cache, and it waits long for weights to be unpacked.
-        made.strips = {&configure, &run_strip, &release, true, 1024 * 1024, 1 << 30};
+        made.strips = {&configure, &run_strip, &tile_release, true, 1024 * 1024, 1 << 30};
         return made;
     };
     static const Isa worth = make(12, 5e7, nullptr), always = make(1, 0.0, &worth);

@@ -205,6 +205,59 @@ def test_large_products_have_the_bits_of_plain_loops(isa: str, kind: str) -> Non
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "out", "group"),
+    [(260, 2112, 4200, 64), (40, 4160, 96, 128), (130, 1152, 300, 192), (33, 5056, 70, None)],
+)
+def test_parts_of_the_inputs_have_the_bits_of_the_whole(
+    isa: str, rows: int, width: int, out: int, group: int | None
+) -> None:
+    """More inputs than meet a strip at a time, more strips than sums are kept of, groups that are
+    no power of two: against the path that takes all inputs at once."""
+    kind = "per_token" if group is None else "per_token_group"
+    scheme = Scheme(
+        rotation=Rotation("hadamard"),
+        weight=WeightScheme(),
+        activation=ActivationScheme(kind, group=group or 64, signed=True),  # type: ignore[arg-type]
+    )
+    layer = make(scheme, width, None, out)
+    x = tokens(rows, width)[0]
+    expected = NativeLayer(layer, ISAS[-2] if len(ISAS) > 1 else ISAS[-1])(x, None)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(NativeLayer(layer, isa)(x, None), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_every_pair_of_codes_is_exact(isa: str) -> None:
+    """Products by pairs add codes of weights to codes of activations: all four of a pair, at the
+    ends of their ranges and in between, in every piece of a line."""
+    codes = torch.tensor([-8, -1, 0, 1, 7])
+    pairs = torch.cartesian_prod(codes, codes)  # [25, 2]
+    halves = torch.tensor([0, 1]).repeat_interleave(4).repeat(8)  # [64]: which of a pair
+    weight = pairs[:, halves].to(torch.int8)
+    layer = dataclasses.replace(
+        integers("per_step_group", 64, 25, act_group=64), qweight=pack_int4(weight), bias=None
+    )
+    x = pairs[:, halves].repeat(2, 1)
+    expected = (x @ weight.long().T).float()
+    for rows in (*range(1, 12), 21, 50):
+        assert torch.equal(NativeLayer(layer, isa)(x[:rows].float(), None), expected[:rows])
+
+
+def test_what_a_path_leaves_to_another() -> None:
+    """Pairs need room in a byte and whole lines; the same name for any number of rows."""
+    if "avx512-pairs" not in ISAS:
+        pytest.skip("no such path on this CPU")
+    taken = lambda *of: NativeLayer(integers(*of), "avx512-pairs")._linear.isa  # noqa: E731
+    assert taken("per_token_group", 256, 8, 4, None, 64) == "avx512-pairs"
+    assert taken("per_token", 100, 8) == "avx512-pairs"
+    assert taken("per_token_group", 256, 8, 8, None, 64) == "avx512-vnni"
+    assert taken("per_token_group", 256, 8, 4, None, 32) == "avx512-vnni"
+    assert taken("per_token_group", 256, 8, 4, 48, 64) == "avx512-vnni"
+
+
 def test_joined_layers_have_the_bits_of_the_separate_ones(isa: str) -> None:
     """Rows side by side, ranks of their own: what shares an input can be one product."""
     scheme = Scheme(

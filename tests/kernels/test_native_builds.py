@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from omega_qvla.kernels.cpu import isa_names
+
 ROOT = Path(__file__).resolve().parents[2]
 # Of the bits of every result of 40 cases: on x86-64 and on AArch64, with libstdc++'s drawings.
 DIGEST = "digest 76294f4b2a69a6df"
@@ -69,6 +71,15 @@ def test_aarch64_under_emulation(tmp_path: Path) -> None:
     rows = str(program.with_name("check_rows"))
     run_check(["qemu-aarch64", "-cpu", "max", rows, "40"], "neon-dotprod", "40 cases, 0 failures")
     run_check(["qemu-aarch64", "-cpu", "cortex-a53", rows, "10"], "portable", "0 failures")
+
+
+def test_matrix_unit_under_emulation(tmp_path: Path) -> None:
+    """Plain loops in place of its instructions. Not slow: elsewhere no other test reaches it."""
+    names = isa_names()
+    if "amx-int8" in names or "avx512-vnni" not in names:
+        pytest.skip("this CPU has a matrix unit, or not the vectors that go with one")
+    program = build_check(tmp_path, "", "-DOMEGA_EMULATE_TILES=ON")
+    run_check([str(program), "40"], "amx-int8", DIGEST, "0 failures")
 
 
 @pytest.mark.slow
