@@ -23,6 +23,7 @@ namespace {
 constexpr int kPanels = Vec::wide;  // of a strip
 constexpr int kTileBytes = kMatrixRows * kLine;  // of activations, weights or sums
 constexpr int kSums = kMatrixRows * kPanel;      // of a tile
+constexpr int kRunLines = 4;                     // of weights, unpacked
 constexpr int kRing = 4;                         // tiles of sums on their way out
 static_assert(kPanels == 4 && kRing == 4, "tiles 0 to 3 hold sums");
 static_assert(kRing * kSums <= kStripWords, "the ring is the scratch's words");
@@ -212,7 +213,7 @@ void plain_run(const Run& run) {
 template <int R, int MODE>
 void strip(const TileArgs& t, const QuantTile* tiles, int count, Lines lines,
            const StripScratch& scratch) {
-    for_runs(MODE, t, tiles, count, lines, scratch, [](const Run& run) {
+    for_runs(MODE, t, tiles, count, lines, kRunLines, scratch, [](const Run& run) {
         unpack(run.strip, run.first_line, run.lines, run.scratch.weights);
         if constexpr (MODE == 0) {
             plain_run<R>(run);
@@ -291,7 +292,8 @@ const Isa* isa_amx() {
         made.prologue = &prologue_lines;
         made.peak = &peak_products;
         // Its CPUs have a large second-level cache, and it waits long for weights to be unpacked.
-        made.strips = {&configure, &run_strip, &tile_release, true, 1024 * 1024, 1 << 30};
+        made.strips = {&configure, &run_strip, &tile_release, true, kRunLines, 1024 * 1024,
+                       1 << 30};
         return made;
     };
     static const Isa worth = make(12, 5e7, nullptr), always = make(1, 0.0, &worth);

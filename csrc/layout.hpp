@@ -31,7 +31,7 @@ constexpr int kRowStride = 8;   // rows that such a tile of more than one has ro
 constexpr int kMatrixRows = 16;  // rows that a tile of a matrix unit has room for
 constexpr int kMaxRows = 16;    // rows of the tallest tile of any instruction set
 constexpr int kLine = 64;       // inputs that a run of weights has a whole number of
-constexpr int kRunLines = 16;    // lines of weights that are unpacked at a time
+constexpr int kSegmentLines = 4;  // of the longest segment that such paths take
 constexpr int kStripWords = 1024;  // of StripScratch
 constexpr int kModes = 4;
 
@@ -139,7 +139,7 @@ using PrologueFn = void (*)(const Prologue&, const float* x, size_t x_stride, in
 
 // Scratch of one thread for a strip's products.
 struct StripScratch {
-    int8_t* weights;  // a run of the strip, unpacked: kRunLines * kLine inputs of its outputs
+    int8_t* weights;  // a run of the strip, unpacked: its outputs' run_lines * kLine inputs
     int32_t* words;   // [kStripWords], for the path's own use
     float* sums;      // [tiles][room for rows * outputs of a strip], floats or integers, of what
                       // came before these lines
@@ -159,6 +159,7 @@ struct Strips {
                      Lines lines, const StripScratch& scratch);
     void (*release)();
     bool wide;           // which strips
+    int run_lines;       // of weights that are unpacked at a time, at most
     size_t block_bytes;  // of activations that meet a strip's runs in turn
     int chunk_lines;     // at most that many lines of them, then those of the next strip
 };

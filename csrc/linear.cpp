@@ -71,7 +71,7 @@ void Linear::set_segments(const LinearSpec& spec) {
     }
     // Scales of activations alone must leave the product exact; column scales of 1 round it first.
     if (mode_ == kActSegments && p.segment > kMaxExactSum / largest) mode_ |= kWeightSegments;
-    const bool whole_runs = p.segment % kLine == 0 && p.segment <= kLine * kRunLines;
+    const bool whole_runs = p.segment % kLine == 0 && p.segment <= kLine * kSegmentLines;
     while (spec.bits > isa_->max_bits || (isa_->plain && mode_ && !whole_runs)) isa_ = isa_->plain;
     p.start = mode_ ? kMagicBits : 0;
     p.padded = round_up(spec.inputs, p.segment);

@@ -142,7 +142,9 @@ private:
     }
 
     // Of one thread's StripScratch.
-    size_t weight_bytes() const { return size_t(kRunLines) * kLine * strip_panels_ * kPanel; }
+    size_t weight_bytes() const {
+        return size_t(isa_.strips.run_lines) * kLine * strip_panels_ * kPanel;
+    }
     static constexpr size_t word_bytes = kStripWords * sizeof(int32_t);
     // Sums of a block and a strip; of as many strips as are met again for the next chunk of lines.
     size_t strip_sums() const {
@@ -236,7 +238,8 @@ private:
     int point_at(int column, TileArgs& t) const {
         int first = layer_.prologue_.rank, end = 0;
         const int narrow = kPanel * isa_.panels[0];
-        for (int c = column; layer_.prologue_.rank && c < column + kPanel * strip_panels_; c += narrow) {
+        const int columns = layer_.prologue_.rank ? kPanel * strip_panels_ : 0;
+        for (int c = column; c < column + columns; c += narrow) {
             first = std::min(first, int(layer_.ranks_[2 * (c / narrow)]));
             end = std::max(end, int(layer_.ranks_[2 * (c / narrow) + 1]));
         }
@@ -268,7 +271,7 @@ private:
     int rows_, step_;
     Workspace& space_;
     bool wide_ = false;
-    int lines_ = 0, chunk_lines_ = 0;  // of inputs, and those that a strip's runs go through at once
+    int lines_ = 0, chunk_lines_ = 0;  // of inputs, and those that a strip goes through at once
     int tiles_ = 0, strips_ = 0, strip_panels_ = 0, blocks_ = 1, chunks_ = 1;
     Deal tile_deal_, parts_;
     alignas(64) std::atomic<int> tiles_done_{0};

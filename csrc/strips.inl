@@ -54,15 +54,17 @@ inline void expect_writes(const TileArgs& t, int panel) {
     UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(to + r * t.y_stride, 1, 3);
 }
 
-// A strip's runs of lines, whole segments each, to `meet`.
+// These lines of a strip in runs of up to `most`, about as long as each other, whole segments each.
 template <class Meet>
 inline void for_runs(int mode, const TileArgs& t, const QuantTile* tiles, int count, Lines lines,
-                     const StripScratch& scratch, Meet meet) {
+                     int most, const StripScratch& scratch, Meet meet) {
     const int all = t.segments * t.pieces / kPiecesPerLine;
     const int per = mode ? t.pieces / kPiecesPerLine : 1;
-    const int step = kRunLines / per * per;
-    for (int first = lines.begin; first < lines.end; first += step) {
-        const int now = first + step < lines.end ? step : lines.end - first;
-        meet(Run{t, tiles, count, first, now, first == 0, first + now == all, scratch});
+    const int segments = (lines.end - lines.begin) / per, longest = most / per;
+    const int runs = (segments + longest - 1) / longest;
+    for (int i = 0; i < runs; ++i) {
+        const int first = lines.begin + segments * i / runs * per;
+        const int end = lines.begin + segments * (i + 1) / runs * per;
+        meet(Run{t, tiles, count, first, end - first, first == 0, end == all, scratch});
     }
 }
