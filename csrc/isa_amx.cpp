@@ -18,7 +18,7 @@ namespace {
 
 #include "isa_avx512.inl"
 
-#include "strips.inl"
+#include "strips512.inl"
 
 constexpr int kPanels = Vec::wide;  // of a strip
 constexpr int kTileBytes = kMatrixRows * kLine;  // of activations, weights or sums

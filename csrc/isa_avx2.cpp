@@ -1,4 +1,5 @@
-// AVX2: byte products in pairs to 16 bits (at most 2 * 2 * 15 * 128, no saturation), then to 32.
+// AVX2: byte products, which leave sums of two in 16 bits, are summed there as long as they fit
+// (shorts.inl). Many rows meet weights that were unpacked once.
 #include "layout.hpp"
 
 #if defined(__x86_64__)
@@ -10,25 +11,30 @@ OMEGA_TARGET_BEGIN("avx2,fma,f16c,bmi2")
 namespace omega {
 namespace {
 
+// Not the intrinsics: GCC would add products of several inputs first, and spill them meanwhile.
 #define OMEGA_DOTS                                                                            \
-    static constexpr bool independent = false;                                                \
-    static inline void dot(I& sum, I w, I a) {                                                \
-        sum = _mm256_add_epi32(sum,                                                           \
-                               _mm256_madd_epi16(_mm256_maddubs_epi16(w, a),                  \
-                                                 _mm256_set1_epi16(1)));                      \
+    static constexpr int max_rows = 6;                                                        \
+    static inline void dot(I& shorts, I w, I a) {                                             \
+        I two;                                                                                \
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"                                  \
+                : "+x"(shorts), "=&x"(two) : "x"(w), "x"(a));                                 \
     }                                                                                         \
-    static inline void dot2(I& sum, I even, I odd, I a, I b) {                                \
-        const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, a),                       \
-                                         _mm256_maddubs_epi16(odd, b));                       \
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));          \
+    static inline I widen(I shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); } \
+    template <int HALF>                                                                       \
+    static inline I half(const uint8_t* p) {                                                  \
+        const I both = _mm256_load_si256(reinterpret_cast<const I*>(p));                      \
+        return _mm256_and_si256(HALF ? _mm256_srli_epi16(both, 4) : both,                     \
+                                _mm256_set1_epi8(15));                                        \
     }
 #include "isa_avx256.inl"
+#include "shorts.inl"
 
 }  // namespace
 
 const Isa* isa_avx2() {
-    static const Isa isa = make_isa("avx2", row_fns);
-    return &isa;
+    static const Isa tiles = make_isa<PackedTile>("avx2", row_fns);
+    static const Isa strips = strips_of(tiles);
+    return &strips;
 }
 
 }  // namespace omega

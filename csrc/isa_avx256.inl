@@ -3,7 +3,7 @@
 struct Vec {
     using I = __m256i;
     using F = __m256;
-    static constexpr int lanes = 8, max_rows = 4, narrow = 1, wide = 2, wide_rows = 2;
+    static constexpr int lanes = 8, narrow = 1, wide = 2, wide_rows = 2;
 
     static inline I splat(int32_t v) { return _mm256_set1_epi32(v); }
     static inline I splat4(const int8_t* p) {

@@ -16,12 +16,13 @@ namespace {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "longs.inl"
 #include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_avx512vnni() {
-    static const Isa isa = make_isa("avx512-vnni", row_fns);
+    static const Isa isa = make_isa<LongTile>("avx512-vnni", row_fns);
     return &isa;
 }
 

@@ -22,10 +22,6 @@ struct Vec {
     static inline void dot(I& sum, I w, I a) {
         __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
     }
-    static inline void dot2(I& sum, I even, I odd, I a, I b) {
-        dot(sum, even, a);
-        dot(sum, odd, b);
-    }
     static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
     static inline F to_float(I v) { return __builtin_convertvector((__v16si)v, F); }
     static inline F as_float(I v) { return _mm512_castsi512_ps(v); }

@@ -11,18 +11,16 @@ namespace omega {
 namespace {
 
 #define OMEGA_DOTS                                                                            \
+    static constexpr int max_rows = 4;                                                        \
     static constexpr bool independent = true;                                                 \
-    static inline void dot(I& sum, I w, I a) { sum = _mm256_dpbusd_avx_epi32(sum, w, a); }    \
-    static inline void dot2(I& sum, I even, I odd, I a, I b) {                                \
-        dot(sum, even, a);                                                                    \
-        dot(sum, odd, b);                                                                     \
-    }
+    static inline void dot(I& sum, I w, I a) { sum = _mm256_dpbusd_avx_epi32(sum, w, a); }
 #include "isa_avx256.inl"
+#include "longs.inl"
 
 }  // namespace
 
 const Isa* isa_avxvnni() {
-    static const Isa isa = make_isa("avx-vnni", row_fns);
+    static const Isa isa = make_isa<LongTile>("avx-vnni", row_fns);
     return &isa;
 }
 

@@ -35,10 +35,6 @@ struct Vec {
     static inline void dot(I& sum, I w, I a) {
         sum = vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a));
     }
-    static inline void dot2(I& sum, I even, I odd, I a, I b) {
-        dot(sum, even, a);
-        dot(sum, odd, b);
-    }
     static inline I add(I a, I b) { return vaddq_s32(a, b); }
     static inline F to_float(I v) { return vcvtq_f32_s32(v); }
     static inline F as_float(I v) { return vreinterpretq_f32_s32(v); }
@@ -59,12 +55,13 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "longs.inl"
 #include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_neon() {
-    static const Isa isa = make_isa("neon-dotprod", row_fns);
+    static const Isa isa = make_isa<LongTile>("neon-dotprod", row_fns);
     return &isa;
 }
 

@@ -19,7 +19,7 @@ namespace omega {
 namespace {
 
 #include "isa_avx512.inl"
-#include "strips.inl"
+#include "strips512.inl"
 
 constexpr int kRows = 6;  // of a tile: what it needs fills the registers
 constexpr unsigned kDirect = 0x24;  // pieces of a line
@@ -51,7 +51,8 @@ OMEGA_INLINE void dot_row(const int8_t* codes, const __m512i (&u)[kPanels],
     const __m512i a = Vec::splat4(codes), b = Vec::splat4(codes + 4);
     UNROLL for (int n = 0; n < kPanels; ++n) {
         if (is_direct(PIECE)) {
-            Vec::dot2(sum[n], u[n], v[n], a, b);
+            Vec::dot(sum[n], u[n], a);
+            Vec::dot(sum[n], v[n], b);
         } else {
             Vec::dot(sum[n], _mm512_add_epi8(u[n], b), _mm512_add_epi8(v[n], a));
         }

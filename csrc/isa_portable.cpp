@@ -24,10 +24,6 @@ struct Vec {
     static inline void dot(I& sum, I w, I a) {
         for (int j = 0; j < 4; ++j) sum += ((w >> (8 * j)) & 15) * splat(a[j]);
     }
-    static inline void dot2(I& sum, I even, I odd, I a, I b) {
-        dot(sum, even, a);
-        dot(sum, odd, b);
-    }
     static inline I add(I a, I b) { return a + b; }
     static inline F to_float(I v) { return __builtin_convertvector(v, F); }
     static inline F as_float(I v) { return F(v); }
@@ -47,12 +43,13 @@ struct Vec {
 #include "rotation.inl"
 #include "prologue.inl"
 #include "tile.inl"
+#include "longs.inl"
 #include "rows.inl"
 
 }  // namespace
 
 const Isa* isa_portable() {
-    static const Isa isa = make_isa("portable", row_fns);
+    static const Isa isa = make_isa<LongTile>("portable", row_fns);
     return &isa;
 }
 

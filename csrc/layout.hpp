@@ -57,6 +57,7 @@ struct TileArgs {
     const float* lowrank_a;    // [rank][outputs] from the strip's first: the output's
     int segments;
     int pieces;                // per segment
+    int short_pieces;          // so many at most have sums of 16 bits: see shorts.inl
     float* y;                  // first row, the strip's first column
     size_t y_stride;           // floats from one row of y to the next
     int columns;               // columns of y that exist; the strip may reach beyond

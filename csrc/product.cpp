@@ -234,6 +234,7 @@ private:
         t.outputs = layer_.padded_outputs_;
         t.segments = p.segments;
         t.pieces = p.segment / kPiece;
+        t.short_pieces = int(32767.0f / (kPiece / 2 * 15 * -p.low));
         t.lowrank_stride = p.rank;
         t.y_stride = layer_.outputs_;
         return t;

@@ -1,9 +1,9 @@
-// The product of one tile of activations with one strip of panels, for any vector type.
+// The product of one tile of activations with one strip of panels, for any vector type, but for the
+// integer sums of a segment: `By::segment` of longs.inl or shorts.inl.
 // Included once per instruction set, after its `Vec` and inside its anonymous namespace.
 //
-// Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes),
-// split(64-byte piece part, even, odd), dot2(sum, even, odd, a_even, a_odd), add, to_float,
-// as_float (same bits), sub, mul, addf, fma, and loads and stores of floats.
+// Vec offers: I (int32 lanes), F (float lanes), lanes; splat(int32), splat4(4 bytes), dot(sum, w, a),
+// add, to_float, as_float (same bits), sub, mul, addf, fma, and loads and stores of floats.
 
 #define OMEGA_UNROLL _Pragma("GCC unroll 64")
 // The compiler may assume nothing of v from here on.
@@ -22,8 +22,6 @@ struct Tile {
     static constexpr int kStep = kPieceBytes * Vec::narrow;  // from piece to piece of a strip
     static constexpr int kAhead = 8192;                      // bytes
     static constexpr int S = R == 1 ? 1 : kRowStride;
-    // Few sums would wait for each other: give odd inputs sums of their own.
-    static constexpr bool split_sums = Vec::independent && R * N < 8;
     using I = typename Vec::I;
     using F = typename Vec::F;
 
@@ -38,47 +36,6 @@ struct Tile {
     static inline void prefetch(const uint8_t* weight, size_t strip_bytes) {
         OMEGA_UNROLL for (int panel = 0; panel < P; ++panel) {
             __builtin_prefetch(weight + place(strip_bytes, panel * per_panel) + kAhead, 0, 2);
-        }
-    }
-
-    // Integer sums of one segment.
-    static inline __attribute__((always_inline)) void segment(
-        const uint8_t* weight, size_t strip_bytes, const int8_t* acts, const int32_t* offset,
-        int pieces, I (&sum)[R][N]) {
-        I more[R][N];
-        OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-            const I start = Vec::splat(offset[r]);
-            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-                sum[r][n] = start;
-                if (split_sums) more[r][n] = Vec::splat(0);
-            }
-        }
-        for (int p = 0; p < pieces; ++p) {
-            I even[N], odd[N];
-            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-                Vec::split(weight + place(strip_bytes, n), even[n], odd[n]);
-            }
-            prefetch(weight, strip_bytes);
-            OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-                const I a = Vec::splat4(acts + 4 * r), b = Vec::splat4(acts + 4 * (S + r));
-                OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-                    if (split_sums) {
-                        Vec::dot(sum[r][n], even[n], a);
-                        Vec::dot(more[r][n], odd[n], b);
-                    } else {
-                        Vec::dot2(sum[r][n], even[n], odd[n], a, b);
-                    }
-                }
-            }
-            weight += kStep;
-            acts += kPiece * S;
-        }
-        if (split_sums) {
-            OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-                OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-                    sum[r][n] = Vec::add(sum[r][n], more[r][n]);
-                }
-            }
         }
     }
 
@@ -135,11 +92,12 @@ struct Tile {
         }
     }
 
-    static void run(const TileArgs& t) {
+    template <class By>
+    static inline __attribute__((always_inline)) void run_by(const TileArgs& t) {
         expect_writes(t);
         I sum[R][N];
         if (MODE == 0) {
-            segment(t.weight, t.strip_bytes, t.acts, t.offset, t.segments * t.pieces, sum);
+            By::segment(t, t.weight, t.acts, t.offset, t.segments * t.pieces, sum);
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
                 OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                     write(t, r, n, Vec::to_float(sum[r][n]));
@@ -150,8 +108,9 @@ struct Tile {
         alignas(64) float total[R * N * Vec::lanes];
         for (int i = 0; i < R * N * Vec::lanes; ++i) total[i] = 0.0f;
         for (int s = 0; s < t.segments; ++s) {
-            segment(t.weight + size_t(s) * t.pieces * kStep, t.strip_bytes,
-                    t.acts + size_t(s) * t.pieces * kPiece * S, t.offset + s * R, t.pieces, sum);
+            By::segment(t, t.weight + size_t(s) * t.pieces * kStep,
+                        t.acts + size_t(s) * t.pieces * kPiece * S, t.offset + s * R, t.pieces,
+                        sum);
             accumulate(t, s, sum, total);
         }
         for (int r = 0; r < R; ++r) {
@@ -177,17 +136,18 @@ inline long peak_products(int rounds) {
 }
 
 // Fills the table with every height that this instruction set has.
-template <int MODE, int R>
+template <template <int, int, int> class T, int MODE, int R>
 void fill_tiles(Isa& isa) {
     if constexpr (R > 0) {
-        isa.tile[MODE][0][R] = &Tile<R, Vec::narrow, MODE>::run;
+        isa.tile[MODE][0][R] = &T<R, Vec::narrow, MODE>::run;
         if constexpr (R <= Vec::wide_rows) {
-            isa.tile[MODE][1][R] = &Tile<R, Vec::wide, MODE>::run;
+            isa.tile[MODE][1][R] = &T<R, Vec::wide, MODE>::run;
         }
-        fill_tiles<MODE, R - 1>(isa);
+        fill_tiles<T, MODE, R - 1>(isa);
     }
 }
 
+template <template <int, int, int> class T>
 inline Isa make_isa(const char* name, const RowFns& rows) {
     Isa isa{};
     isa.name = name;
@@ -197,10 +157,10 @@ inline Isa make_isa(const char* name, const RowFns& rows) {
     isa.wide_rows = Vec::wide_rows;
     isa.panels[0] = Vec::narrow;
     isa.panels[1] = Vec::wide;
-    fill_tiles<0, Vec::max_rows>(isa);
-    fill_tiles<1, Vec::max_rows>(isa);
-    fill_tiles<2, Vec::max_rows>(isa);
-    fill_tiles<3, Vec::max_rows>(isa);
+    fill_tiles<T, 0, Vec::max_rows>(isa);
+    fill_tiles<T, 1, Vec::max_rows>(isa);
+    fill_tiles<T, 2, Vec::max_rows>(isa);
+    fill_tiles<T, 3, Vec::max_rows>(isa);
     isa.prologue = &prologue_tile;
     isa.peak = &peak_products;
     isa.rows = &rows;
