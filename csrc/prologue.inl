@@ -92,12 +92,22 @@ inline int32_t sum_lanes(Ints v) {
     return v[0];
 }
 
+// Each lane to a byte that it fits in.
+inline Bytes to_bytes(Ints v) {
+#if LANES == 8  // GCC would take the lanes apart, one after another
+    typedef int8_t All __attribute__((vector_size(4 * LANES)));
+    return __builtin_shufflevector(All(v), All(v), 0, 4, 8, 12, 16, 20, 24, 28);
+#else
+    return __builtin_convertvector(v, Bytes);
+#endif
+}
+
 // v times inverse, rounded to even and cut to the range, into bytes.
 inline Ints round_vector(Ints low, Ints high, Floats v, Floats inverse, int8_t* q) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: the addition rounds
     Ints whole = Ints(v * inverse + magic) - Ints(magic);
     whole = larger(smaller(whole, high), low);
-    *reinterpret_cast<LooseBytes*>(q) = __builtin_convertvector(whole, Bytes);
+    *reinterpret_cast<LooseBytes*>(q) = to_bytes(whole);
     return whole;
 }
 

@@ -37,12 +37,12 @@ inline Floats swap_lanes(Floats v) {
 #endif
 
 // One butterfly at distance D inside a vector: lanes without bit D get the sum of the pair,
-// the others the difference.
+// the others the difference. (A product with 1 or -1 is exact: fused or not, the same bits.)
 template <int D>
 inline Floats butterfly(Floats v) {
     Floats sign;
     for (int i = 0; i < LANES; ++i) sign[i] = i & D ? -1.0f : 1.0f;
-    return swap_lanes<D>(v) + v * sign;
+    return Floats(Vec::fma(Vec::F(v), Vec::F(sign), Vec::F(swap_lanes<D>(v))));
 }
 
 inline Floats butterflies(Floats v) {

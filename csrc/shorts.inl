@@ -8,25 +8,43 @@
 #include "strips.inl"
 
 constexpr int kRunLines = 16;  // of weights: unpacked, half of the first-level cache
+constexpr size_t kLineBytes = kLine / 2 * kPanel;  // of a strip's weights
 constexpr int kStripRows = 12;  // from so many rows on
 
-template <int R, int P, int MODE, bool UNPACKED>
+// What a tile does with weights: unpacks them, keeps them too for the tiles after it, or finds them
+// so: [pieces][2][64].
+enum class Unpack { each, first, done };
+
+struct Weights {
+    const uint8_t* from;
+    uint8_t* kept;  // with Unpack::first
+};
+
+template <int R, int P, int MODE, Unpack HOW>
 struct ShortTile : Tile<R, P, MODE> {
     using Base = Tile<R, P, MODE>;
     using I = typename Base::I;
     using Sums = I[R][Base::N];
     static constexpr int N = Base::N;
-    static constexpr int kStep = UNPACKED ? 2 * kPieceBytes : Base::kStep;
+
+    static inline void move_on(Weights& w, int pieces) {
+        w.from += pieces * (HOW == Unpack::done ? 2 * kPieceBytes : Base::kStep);
+        if (HOW == Unpack::first) w.kept += pieces * 2 * kPieceBytes;
+    }
 
     // The first or the last 4 inputs of a piece.
     template <int HALF>
     static inline __attribute__((always_inline)) void add_half(
-        const TileArgs& t, const uint8_t* weight, const int8_t* acts, Sums& shorts) {
+        const TileArgs& t, const Weights& weights, const int8_t* acts, Sums& shorts) {
         I w[N];
         OMEGA_UNROLL for (int n = 0; n < N; ++n) {
-            const uint8_t* from = weight + HALF * kPieceBytes + n * sizeof(I);
-            w[n] = UNPACKED ? *reinterpret_cast<const I*>(from)
-                            : Vec::half<HALF>(weight + Base::place(t.strip_bytes, n));
+            const size_t place = HALF * kPieceBytes + n * sizeof(I);
+            if (HOW == Unpack::done) {
+                w[n] = *reinterpret_cast<const I*>(weights.from + place);
+                continue;
+            }
+            w[n] = Vec::half<HALF>(weights.from + Base::place(t.strip_bytes, n));
+            if (HOW == Unpack::first) *reinterpret_cast<I*>(weights.kept + place) = w[n];
         }
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
             const I a = Vec::splat4(acts + 4 * (HALF * Base::S + r));
@@ -36,24 +54,24 @@ struct ShortTile : Tile<R, P, MODE> {
 
     // As many pieces as 16 bits suffice for.
     static inline __attribute__((always_inline)) void multiply(
-        const TileArgs& t, const uint8_t* weight, const int8_t* acts, int pieces, Sums& shorts) {
+        const TileArgs& t, Weights weights, const int8_t* acts, int pieces, Sums& shorts) {
         for (int p = 0; p < pieces; ++p) {
-            add_half<0>(t, weight, acts, shorts);
-            if (!UNPACKED) Base::prefetch(weight, t.strip_bytes);
-            add_half<1>(t, weight, acts, shorts);
-            weight += kStep;
+            add_half<0>(t, weights, acts, shorts);
+            if (HOW != Unpack::done) Base::prefetch(weights.from, t.strip_bytes);
+            add_half<1>(t, weights, acts, shorts);
+            move_on(weights, 1);
             acts += kPiece * Base::S;
         }
     }
 
     // Integer sums of one segment.
     static inline __attribute__((always_inline)) void segment(
-        const TileArgs& t, const uint8_t* weight, const int8_t* acts, const int32_t* offset,
+        const TileArgs& t, Weights weights, const int8_t* acts, const int32_t* offset,
         int pieces, Sums& sum) {
         __asm__ volatile("" : : : "memory");  // GCC would keep copies of totals elsewhere
-        if (pieces > t.short_pieces) return long_segment(t, weight, acts, offset, pieces, sum);
+        if (pieces > t.short_pieces) return long_segment(t, weights, acts, offset, pieces, sum);
         Sums shorts = {};
-        multiply(t, weight, acts, pieces, shorts);
+        multiply(t, weights, acts, pieces, shorts);
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                 sum[r][n] = Vec::add(Vec::splat(offset[r]), Vec::widen(shorts[r][n]));
@@ -62,7 +80,7 @@ struct ShortTile : Tile<R, P, MODE> {
     }
 
     // The same of more pieces than 16 bits suffice for.
-    static __attribute__((noinline)) void long_segment(const TileArgs& t, const uint8_t* weight,
+    static __attribute__((noinline)) void long_segment(const TileArgs& t, Weights weights,
                                                        const int8_t* acts, const int32_t* offset,
                                                        int pieces, Sums& sum) {
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -71,28 +89,36 @@ struct ShortTile : Tile<R, P, MODE> {
         while (pieces > 0) {
             const int count = pieces < t.short_pieces ? pieces : t.short_pieces;
             Sums shorts = {};
-            multiply(t, weight, acts, count, shorts);
+            multiply(t, weights, acts, count, shorts);
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
                 OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                     sum[r][n] = Vec::add(sum[r][n], Vec::widen(shorts[r][n]));
                 }
             }
-            weight += count * kStep;
+            move_on(weights, count);
             acts += count * kPiece * Base::S;
             pieces -= count;
         }
     }
 
+    static inline __attribute__((always_inline)) void segment(
+        const TileArgs& t, const uint8_t* weight, const int8_t* acts, const int32_t* offset,
+        int pieces, Sums& sum) {
+        segment(t, Weights{weight, nullptr}, acts, offset, pieces, sum);
+    }
+
     static void run(const TileArgs& t) { Base::template run_by<ShortTile>(t); }
 
-    // A run of a strip's weights, unpacked. Totals are kept in the scratch.
+    // A run of a strip. Totals are kept in the scratch.
     static void meet(const Run& run, int tile, float* y) {
         static constexpr int32_t none[R] = {};
         const TileArgs t = point_at(run, tile, y);
         const QuantTile& q = run.tiles[tile];
         const int lines = MODE ? t.pieces / kPiecesPerLine : run.lines;
         const int first = run.first_line / lines;
-        const auto* weight = reinterpret_cast<const uint8_t*>(run.scratch.weights);
+        auto* kept = reinterpret_cast<uint8_t*>(run.scratch.weights);
+        const uint8_t* packed = t.weight + run.first_line * kLineBytes;
+        Weights weights{HOW == Unpack::first ? packed : kept, kept};
         const int8_t* acts = q.acts + size_t(run.first_line) * kLine * Base::S;
         float* total = run.scratch.sums + size_t(tile) * Vec::max_rows * N * Vec::lanes;
         if (run.last) Base::expect_writes(t);
@@ -102,10 +128,10 @@ struct ShortTile : Tile<R, P, MODE> {
         for (int s = first; s < first + run.lines / lines; ++s) {
             Sums sum;
             const int32_t* offset = MODE ? q.offset + s * R : run.first ? q.offset : none;
-            segment(t, weight, acts, offset, lines * kPiecesPerLine, sum);
+            segment(t, weights, acts, offset, lines * kPiecesPerLine, sum);
             if (MODE) Base::accumulate(t, s, sum, total);
             else add_whole(sum, total);
-            weight += lines * kPiecesPerLine * kStep;
+            move_on(weights, lines * kPiecesPerLine);
             acts += lines * kLine * Base::S;
         }
         if (run.last) write_totals(t, total);
@@ -130,46 +156,38 @@ struct ShortTile : Tile<R, P, MODE> {
 };
 
 template <int R, int P, int MODE>
-using PackedTile = ShortTile<R, P, MODE, false>;
-
-// A run of weights, [pieces][64], to [pieces][2][64].
-void unpack(const Run& run) {
-    constexpr int ahead = 8192;
-    const uint8_t* from = run.strip.weight + size_t(run.first_line) * kLine / 2 * kPanel;
-    int8_t* to = run.scratch.weights;
-    for (int p = 0; p < run.lines * kPiecesPerLine; ++p) {
-        OMEGA_UNROLL for (int i = 0; i < kPieceBytes; i += sizeof(Vec::I)) {
-            *reinterpret_cast<Vec::I*>(to + i) = Vec::half<0>(from + i);
-            *reinterpret_cast<Vec::I*>(to + kPieceBytes + i) = Vec::half<1>(from + i);
-        }
-        __builtin_prefetch(from + ahead, 0, 2);
-        from += kPieceBytes;
-        to += 2 * kPieceBytes;
-    }
-}
+using PackedTile = ShortTile<R, P, MODE, Unpack::each>;
 
 using MeetFn = void (*)(const Run&, int, float*);
 
 // The same of every height.
-template <int MODE, int R = 1>
+template <int MODE, Unpack HOW, int R = 1>
 inline MeetFn meeting(int rows) {
     if constexpr (R < Vec::max_rows) {
-        if (rows > R) return meeting<MODE, R + 1>(rows);
+        if (rows > R) return meeting<MODE, HOW, R + 1>(rows);
     }
-    return &ShortTile<R, Vec::narrow, MODE, true>::meet;
+    return &ShortTile<R, Vec::narrow, MODE, HOW>::meet;
+}
+
+template <int MODE>
+void strip(const TileArgs& t, const QuantTile* tiles, int count, Lines lines,
+           const StripScratch& scratch) {
+    for_runs(MODE, t, tiles, count, lines, kRunLines, scratch, [&](const Run& run) {
+        float* y = t.y;
+        for (int tile = 0; tile < count; ++tile) {
+            const int rows = tiles[tile].rows;
+            const MeetFn meet = tile ? meeting<MODE, Unpack::done>(rows)
+                                     : meeting<MODE, Unpack::first>(rows);
+            meet(run, tile, y);
+            y += size_t(rows) * t.y_stride;
+        }
+    });
 }
 
 void run_strip(int mode, int, const TileArgs& t, const QuantTile* tiles, int count, Lines lines,
                const StripScratch& scratch) {
-    constexpr MeetFn (*of_mode[])(int) = {&meeting<0>, &meeting<1>, &meeting<2>, &meeting<3>};
-    for_runs(mode, t, tiles, count, lines, kRunLines, scratch, [&](const Run& run) {
-        unpack(run);
-        float* y = t.y;
-        for (int tile = 0; tile < count; ++tile) {
-            of_mode[mode](tiles[tile].rows)(run, tile, y);
-            y += size_t(tiles[tile].rows) * t.y_stride;
-        }
-    });
+    constexpr decltype(&strip<0>) of_mode[] = {&strip<0>, &strip<1>, &strip<2>, &strip<3>};
+    of_mode[mode](t, tiles, count, lines, scratch);
 }
 
 inline Isa strips_of(const Isa& tiles) {
