@@ -9,7 +9,7 @@
 
 constexpr int kRunLines = 16;  // of weights: unpacked, half of the first-level cache
 constexpr size_t kLineBytes = kLine / 2 * kPanel;  // of a strip's weights
-constexpr int kStripRows = 12;  // from so many rows on
+constexpr int kStripRows = 7;  // from so many rows on
 
 // What a tile does with weights: unpacks them, keeps them too for the tiles after it, or finds them
 // so: [pieces][2][64].
@@ -115,7 +115,7 @@ struct ShortTile : Tile<R, P, MODE> {
         const TileArgs t = point_at(run, tile, y);
         const QuantTile& q = run.tiles[tile];
         const int lines = MODE ? t.pieces / kPiecesPerLine : run.lines;
-        const int first = run.first_line / lines;
+        const int first = run.first_line / lines, end = first + run.lines / lines;
         auto* kept = reinterpret_cast<uint8_t*>(run.scratch.weights);
         const uint8_t* packed = t.weight + run.first_line * kLineBytes;
         Weights weights{HOW == Unpack::first ? packed : kept, kept};
@@ -125,7 +125,7 @@ struct ShortTile : Tile<R, P, MODE> {
         OMEGA_UNROLL for (int i = 0; i < R * N * Vec::lanes; i += Vec::lanes) {
             if (run.first) Vec::store(total + i, Vec::splatf(0.0f));
         }
-        for (int s = first; s < first + run.lines / lines; ++s) {
+        for (int s = first; s < end; ++s) {
             Sums sum;
             const int32_t* offset = MODE ? q.offset + s * R : run.first ? q.offset : none;
             segment(t, weights, acts, offset, lines * kPiecesPerLine, sum);
