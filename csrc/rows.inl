@@ -153,7 +153,7 @@ void residual_rows(const ResidualArgs& a, size_t begin, size_t end) {
 }
 
 constexpr int kWide = LANES == 16 ? 3 : 2;    // vectors of a panel of keys
-constexpr int kTall = Vec::max_rows >= 8 ? 8 : 4;  // queries that meet it at a time
+constexpr int kTall = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;  // queries that meet it at a time
 
 // c [R][N * LANES] = a [R][depth] b [depth][N * LANES]
 template <int R, int N>
