@@ -193,6 +193,24 @@ def test_every_pair_of_codes_is_exact(isa: str) -> None:
         assert torch.equal(NativeLayer(layer, isa)(x[:rows].float(), None), expected[:rows])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["per_step_tensor", "per_step_group"])
+def test_the_largest_sums_do_not_wrap(isa: str, kind: str, bits: int) -> None:
+    """All weights and all activations at the same end of their ranges, over as many inputs as 16
+    bits can sum and more; few rows and many."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for width in (64, 512, 544, 576, 2112):
+        layer = integers(kind, width, 20, bits, act_group=64)
+        q = torch.full((20, width), 7, dtype=torch.int8)
+        q[10:] = -8
+        layer = dataclasses.replace(layer, qweight=pack_int4(q))
+        for rows in (1, 6, 13):
+            x = torch.full((rows, width), low)
+            x[rows // 2] = high
+            expected = (x @ q.long().T).float()
+            assert torch.equal(NativeLayer(layer, isa)(x.float(), None), expected)
+
+
 def test_what_a_path_leaves_to_another() -> None:
     """Pairs need room in a byte and whole lines; the same name for any number of rows."""
     if "avx512-pairs" not in ISAS:
