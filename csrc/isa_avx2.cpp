@@ -15,9 +15,8 @@ namespace {
 #define OMEGA_DOTS                                                                            \
     static constexpr int max_rows = 6;                                                        \
     static inline void dot(I& shorts, I w, I a) {                                             \
-        I two;                                                                                \
-        __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"                                  \
-                : "+x"(shorts), "=&x"(two) : "x"(w), "x"(a));                                 \
+        const I two = _mm256_maddubs_epi16(w, a);                                             \
+        __asm__("vpaddw %1, %0, %0" : "+x"(shorts) : "x"(two));                               \
     }                                                                                         \
     static inline I widen(I shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); } \
     template <int HALF>                                                                       \

@@ -121,13 +121,15 @@ struct Tile {
 
 // Products that wait for nothing, in registers: what this instruction set could do at most.
 inline long peak_products(int rounds) {
-    constexpr int sums = Vec::lanes == 4 ? 12 : 16;
+    constexpr int sums = Vec::lanes == 16 ? 16 : 12;  // what the registers have room for
     using I = typename Vec::I;
     I sum[sums], w = Vec::splat(rounds), a = Vec::splat(rounds >> 1);
     OMEGA_UNROLL for (int i = 0; i < sums; ++i) sum[i] = Vec::splat(i);
     for (int round = 0; round < rounds; ++round) {
-        OMEGA_ANEW(a);
-        OMEGA_UNROLL for (int i = 0; i < sums; ++i) Vec::dot(sum[i], w, a);
+        OMEGA_UNROLL for (int i = 0; i < sums; ++i) {
+            OMEGA_ANEW(a);  // or one product would do for all sums
+            Vec::dot(sum[i], w, a);
+        }
     }
     I total = sum[0];
     OMEGA_UNROLL for (int i = 1; i < sums; ++i) total = Vec::add(total, sum[i]);
