@@ -230,7 +230,10 @@ inline void transpose(Floats (&v)[LANES]) {
 #endif
 }
 
-// Keys [count][dim] as panels [keys / (kWide * LANES)][dim][kWide * LANES], zeros behind.
+// Keys [count][dim] as panels [keys / (kWide * LANES)][dim][kWide * LANES], zeros behind. Values as
+// panels [dim / kValues][count][kValues], the last one as wide as what is left: rows of a whole head,
+// a power of two apart, would all fall into a few sets of the caches.
+constexpr int kValues = 2 * LANES;
 struct Packed {
     const AttendArgs& a;
     int batch, head, total, panels, value_stride;
@@ -269,8 +272,12 @@ struct Packed {
         to.reserve(size_t(total) * value_stride);
         for (int i = 0; i < total; ++i) {
             const float* v = row(i, true);
-            float* into = to.data() + size_t(i) * value_stride;
-            for_vectors(a.dim, [&](int d, int left) { store(into + d, load_some(v + d, left)); });
+            for_vectors(a.dim, [&](int d, int left) {
+                const int first = d / kValues * kValues, rest = value_stride - first;
+                const int wide = rest < kValues ? rest : kValues;
+                float* panel = to.data() + size_t(first) * total;
+                store(panel + size_t(i) * wide + d - first, load_some(v + d, left));
+            });
         }
     }
 };
@@ -322,13 +329,14 @@ void attend_rows(const AttendArgs& a, const Packed& p, int first, int last, Atte
         sums[i] = softmax_row(space.scores.data() + size_t(i) * width, seen, width);
     }
     int d = 0;
-    for (; d + 2 * LANES <= p.value_stride; d += 2 * LANES) {
-        tall_product<2>(space.scores.data(), width, count, p.total, space.values.data() + d,
-                        p.value_stride, space.out.data() + d, p.value_stride);
+    const float* panel = space.values.data();
+    for (; d + kValues <= p.value_stride; d += kValues, panel += size_t(kValues) * p.total) {
+        tall_product<2>(space.scores.data(), width, count, p.total, panel, kValues,
+                        space.out.data() + d, p.value_stride);
     }
     if (d < p.value_stride) {
-        tall_product<1>(space.scores.data(), width, count, p.total, space.values.data() + d,
-                        p.value_stride, space.out.data() + d, p.value_stride);
+        tall_product<1>(space.scores.data(), width, count, p.total, panel, LANES,
+                        space.out.data() + d, p.value_stride);
     }
     for (int i = 0; i < count; ++i) {
         const int head = p.head * group + (first + i) / a.rows, row = (first + i) % a.rows;
