@@ -11,20 +11,15 @@ OMEGA_TARGET_BEGIN("avx2,fma,f16c,bmi2")
 namespace omega {
 namespace {
 
-// Not the intrinsics: GCC would add products of several inputs first, and spill them meanwhile.
+// The addition is no intrinsic: GCC would add products of several inputs first, and spill them
+// meanwhile.
 #define OMEGA_DOTS                                                                            \
     static constexpr int max_rows = 6;                                                        \
     static inline void dot(I& shorts, I w, I a) {                                             \
         const I two = _mm256_maddubs_epi16(w, a);                                             \
         __asm__("vpaddw %1, %0, %0" : "+x"(shorts) : "x"(two));                               \
     }                                                                                         \
-    static inline I widen(I shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); } \
-    template <int HALF>                                                                       \
-    static inline I half(const uint8_t* p) {                                                  \
-        const I both = _mm256_load_si256(reinterpret_cast<const I*>(p));                      \
-        return _mm256_and_si256(HALF ? _mm256_srli_epi16(both, 4) : both,                     \
-                                _mm256_set1_epi8(15));                                        \
-    }
+    static inline I widen(I shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); }
 #include "isa_avx256.inl"
 #include "shorts.inl"
 

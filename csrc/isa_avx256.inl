@@ -11,11 +11,15 @@ struct Vec {
         __builtin_memcpy(&v, p, 4);
         return _mm256_set1_epi32(v);
     }
-    static inline void split(const uint8_t* p, I& even, I& odd) {
-        const I mask = _mm256_set1_epi8(15);
+    // The first or the last 4 inputs of a piece's part.
+    template <int HALF>
+    static inline I half(const uint8_t* p) {
         const I both = _mm256_load_si256(reinterpret_cast<const I*>(p));
-        even = _mm256_and_si256(both, mask);
-        odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        return _mm256_and_si256(HALF ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+    }
+    static inline void split(const uint8_t* p, I& even, I& odd) {
+        even = half<0>(p);
+        odd = half<1>(p);
     }
     OMEGA_DOTS
     static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }

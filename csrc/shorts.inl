@@ -134,7 +134,7 @@ struct ShortTile : Tile<R, P, MODE> {
             move_on(weights, lines * kPiecesPerLine);
             acts += lines * kLine * Base::S;
         }
-        if (run.last) write_totals(t, total);
+        if (run.last) Base::write_totals(t, total);
     }
 
     // Whole numbers to the end.
@@ -142,15 +142,6 @@ struct ShortTile : Tile<R, P, MODE> {
         OMEGA_UNROLL for (int i = 0; i < R * N; ++i) {
             I* into = reinterpret_cast<I*>(total) + i;
             *into = Vec::add(*into, sum[i / N][i % N]);
-        }
-    }
-
-    static inline void write_totals(const TileArgs& t, const float* total) {
-        for (int r = 0; r < R; ++r) {
-            for (int n = 0; n < N; ++n, total += Vec::lanes) {
-                const auto value = Vec::load(total);
-                Base::write(t, r, n, MODE ? value : Vec::to_float(I(value)));
-            }
         }
     }
 };

@@ -83,6 +83,16 @@ struct Tile {
         }
     }
 
+    // Floats, or whole numbers where no scale changed.
+    static inline void write_totals(const TileArgs& t, const float* total) {
+        for (int r = 0; r < R; ++r) {
+            for (int n = 0; n < N; ++n, total += Vec::lanes) {
+                const F value = Vec::load(total);
+                write(t, r, n, MODE ? value : Vec::to_float(I(value)));
+            }
+        }
+    }
+
     // Lines of y are written at the end; stores that wait for memory would hold up others.
     static inline void expect_writes(const TileArgs& t) {
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
@@ -113,9 +123,7 @@ struct Tile {
                         sum);
             accumulate(t, s, sum, total);
         }
-        for (int r = 0; r < R; ++r) {
-            for (int n = 0; n < N; ++n) write(t, r, n, Vec::load(total + (r * N + n) * Vec::lanes));
-        }
+        write_totals(t, total);
     }
 };
 
