@@ -1,4 +1,4 @@
-"""Layers and inputs for the tests of the native kernels."""
+"""Layers and inputs for the tests of the native kernels and of what equals them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ ISAS = isa_names()
 needs_native = pytest.mark.skipif(not ISAS, reason="the native kernels are not built here")
 
 
+def codes(width: int, out: int) -> torch.Tensor:
+    """The weights of `integers`: int8 [out, width], the first row as low as can be."""
+    generator = torch.Generator().manual_seed(width + out)
+    q = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
+    q[0] = -8
+    return q
+
+
 def integers(
     kind: str, width: int, out: int, bits: int = 4, group: int | None = None, act_group: int = 64
 ) -> QuantizedLayer:
     """A layer of random int4 weights whose scales are all 1."""
-    generator = torch.Generator().manual_seed(width + out)
-    q = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
-    q[0] = -8
     activation = ActivationScheme(kind, bits=bits, group=act_group)  # type: ignore[arg-type]
     groups = -(-width // act_group) if kind == "per_step_group" else 1
     return QuantizedLayer(
@@ -34,7 +39,7 @@ def integers(
         out_features=out,
         scheme=Scheme(weight=WeightScheme(group=group), activation=activation),
         num_steps=None,
-        qweight=pack_int4(q),
+        qweight=pack_int4(codes(width, out)),
         weight_scale=torch.ones(out, 1 if group is None else -(-width // group)).half(),
         act_scale=torch.ones(1, groups) if activation.static else None,
     )

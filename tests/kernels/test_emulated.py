@@ -17,10 +17,10 @@ from omega_qvla.kernels.prologue import build_prologue
 from omega_qvla.kernels.reference import transform_input
 from omega_qvla.modules.step_context import Step
 from omega_qvla.numerics.layer import QuantizedLayer
-from omega_qvla.numerics.packing import pack_int4
 from omega_qvla.numerics.quantize_layer import quantize_layer
 
-CPU = torch.device("cpu")
+from .natives import CPU, DYNAMIC, codes, integers, whole_numbers
+
 ROTATIONS = (
     Rotation("none"),
     Rotation("hadamard", block=32),
@@ -30,7 +30,6 @@ ROTATIONS = (
     Rotation("full_hadamard"),
     Rotation("full_hadamard", randomized=True, seed=2),
 )
-DYNAMIC = ("per_token", "per_token_group")
 STATIC = ("per_step_tensor", "per_step_group", "per_step_channel")
 KINDS = ("none", *DYNAMIC, *STATIC)
 
@@ -111,30 +110,9 @@ def test_odd_widths_and_groups(kind: str, width: int, act_group: int, group: int
 @pytest.mark.parametrize("group", [None, 64])
 def test_native_sums_are_exact_integers(kind: str, bits: int, group: int | None) -> None:
     """With all scales 1 the result is the int64 product, bit for bit."""
-    width, out, qmax = 4096, 8, 2 ** (bits - 1) - 1
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-qmax - 1, qmax + 1, (5, width), generator=generator)
-    x[0] = -qmax  # the largest sums there are
-    q = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
-    q[0] = -8
-    activation = ActivationScheme(kind, bits=bits, group=64)  # type: ignore[arg-type]
-    if kind in DYNAMIC:
-        x = x.clamp(-qmax, qmax)
-        x[:, ::64] = qmax  # absmax / qmax = 1 in every group
-    static = activation.static
-    scales = torch.ones(1, 1 if kind == "per_step_tensor" else width // 64)
-    layer = QuantizedLayer(
-        name="l",
-        side="backbone",
-        in_features=width,
-        out_features=out,
-        scheme=Scheme(weight=WeightScheme(group=group), activation=activation),
-        num_steps=None,
-        qweight=pack_int4(q),
-        weight_scale=torch.ones(out, 1 if group is None else width // group).half(),
-        act_scale=scales if static else None,
-    )
-    expected = (x @ q.long().T).float()
+    layer = integers(kind, 4096, 8, bits, group)
+    x = whole_numbers(5, layer)
+    expected = (x @ codes(4096, 8).long().T).float()
     assert torch.equal(reference.linear(x.float(), layer, None), expected)
     assert torch.equal(EmulatedBackend().prepare(layer, CPU)(x.float(), None), expected)
 
