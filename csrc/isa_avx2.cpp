@@ -15,9 +15,20 @@ namespace {
 // meanwhile.
 #define OMEGA_DOTS                                                                            \
     static constexpr int max_rows = 6;                                                        \
+    static inline I product(I w, I a) { return _mm256_maddubs_epi16(w, a); }                  \
     static inline void dot(I& shorts, I w, I a) {                                             \
-        const I two = _mm256_maddubs_epi16(w, a);                                             \
+        const I two = product(w, a);                                                          \
         __asm__("vpaddw %1, %0, %0" : "+x"(shorts) : "x"(two));                               \
+    }                                                                                         \
+    static inline void dot_two(I& first, I& second, I w, I v, const int8_t* acts) {           \
+        I a, b;                                                                               \
+        __asm__("vpbroadcastd %6, %2\n\t"                                                     \
+                "vpmaddubsw %2, %4, %3\n\t"                                                   \
+                "vpmaddubsw %2, %5, %2\n\t"                                                   \
+                "vpaddw %3, %0, %0\n\t"                                                       \
+                "vpaddw %2, %1, %1"                                                           \
+                : "+x"(first), "+x"(second), "=&x"(a), "=&x"(b)                               \
+                : "x"(w), "x"(v), "m"(*reinterpret_cast<const int32_t*>(acts)));              \
     }                                                                                         \
     static inline I widen(I shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(1)); }
 #include "isa_avx256.inl"

@@ -32,8 +32,9 @@ struct ShortTile : Tile<R, P, MODE> {
         if (HOW == Unpack::first) w.kept += pieces * 2 * kPieceBytes;
     }
 
-    // The first or the last 4 inputs of a piece.
-    template <int HALF>
+    // The first or the last 4 inputs of a piece; BEGIN: there are no sums yet. PAIRS: row by row, as
+    // GCC runs out of registers where it may choose; with sums that are not widened it does not.
+    template <int HALF, bool PAIRS, bool BEGIN = false>
     static inline __attribute__((always_inline)) void add_half(
         const TileArgs& t, const Weights& weights, const int8_t* acts, Sums& shorts) {
         I w[N];
@@ -47,21 +48,35 @@ struct ShortTile : Tile<R, P, MODE> {
             if (HOW == Unpack::first) *reinterpret_cast<I*>(weights.kept + place) = w[n];
         }
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
-            const I a = Vec::splat4(acts + 4 * (HALF * Base::S + r));
-            OMEGA_UNROLL for (int n = 0; n < N; ++n) Vec::dot(shorts[r][n], w[n], a);
+            const int8_t* four = acts + 4 * (HALF * Base::S + r);
+            if constexpr (PAIRS && N == 2 && !BEGIN) {
+                Vec::dot_two(shorts[r][0], shorts[r][1], w[0], w[1], four);
+                continue;
+            }
+            const I a = Vec::splat4(four);
+            OMEGA_UNROLL for (int n = 0; n < N; ++n) {
+                if (BEGIN) shorts[r][n] = Vec::product(w[n], a);
+                else Vec::dot(shorts[r][n], w[n], a);
+            }
         }
     }
 
-    // As many pieces as 16 bits suffice for.
+    template <bool PAIRS, bool BEGIN>
+    static inline __attribute__((always_inline)) void add_piece(
+        const TileArgs& t, Weights& weights, const int8_t*& acts, Sums& shorts) {
+        add_half<0, PAIRS, BEGIN>(t, weights, acts, shorts);
+        if (HOW != Unpack::done) Base::prefetch(weights.from, t.strip_bytes);
+        add_half<1, PAIRS>(t, weights, acts, shorts);
+        move_on(weights, 1);
+        acts += kPiece * Base::S;
+    }
+
+    // Sums of as many pieces as 16 bits suffice for, one at least.
+    template <bool PAIRS>
     static inline __attribute__((always_inline)) void multiply(
         const TileArgs& t, Weights weights, const int8_t* acts, int pieces, Sums& shorts) {
-        for (int p = 0; p < pieces; ++p) {
-            add_half<0>(t, weights, acts, shorts);
-            if (HOW != Unpack::done) Base::prefetch(weights.from, t.strip_bytes);
-            add_half<1>(t, weights, acts, shorts);
-            move_on(weights, 1);
-            acts += kPiece * Base::S;
-        }
+        add_piece<PAIRS, true>(t, weights, acts, shorts);
+        for (int p = 1; p < pieces; ++p) add_piece<PAIRS, false>(t, weights, acts, shorts);
     }
 
     // Integer sums of one segment.
@@ -70,8 +85,8 @@ struct ShortTile : Tile<R, P, MODE> {
         int pieces, Sums& sum) {
         __asm__ volatile("" : : : "memory");  // GCC would keep copies of totals elsewhere
         if (pieces > t.short_pieces) return long_segment(t, weights, acts, offset, pieces, sum);
-        Sums shorts = {};
-        multiply(t, weights, acts, pieces, shorts);
+        Sums shorts;
+        multiply<false>(t, weights, acts, pieces, shorts);
         OMEGA_UNROLL for (int r = 0; r < R; ++r) {
             OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                 sum[r][n] = Vec::add(Vec::splat(offset[r]), Vec::widen(shorts[r][n]));
@@ -88,8 +103,8 @@ struct ShortTile : Tile<R, P, MODE> {
         }
         while (pieces > 0) {
             const int count = pieces < t.short_pieces ? pieces : t.short_pieces;
-            Sums shorts = {};
-            multiply(t, weights, acts, count, shorts);
+            Sums shorts;
+            multiply<true>(t, weights, acts, count, shorts);
             OMEGA_UNROLL for (int r = 0; r < R; ++r) {
                 OMEGA_UNROLL for (int n = 0; n < N; ++n) {
                     sum[r][n] = Vec::add(sum[r][n], Vec::widen(shorts[r][n]));
