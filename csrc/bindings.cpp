@@ -13,15 +13,18 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <variant>
+#include <vector>
 
 #include "block.hpp"
 #include "cpu.hpp"
 #include "dense.hpp"
 #include "linear.hpp"
 #include "rows.hpp"
+#include "tape.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -119,9 +122,11 @@ omega::Pool& pool() {
 void run_layer(const omega::Linear& layer, uintptr_t x, int rows, uintptr_t y, int step,
                int threads) {
     check_step(layer, step);
-    nb::gil_scoped_release release;
-    layer.run(reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y), step, pool(),
-              threads);
+    const auto call = [=, &layer] {
+        layer.run(reinterpret_cast<const float*>(x), rows, reinterpret_cast<float*>(y), step,
+                  pool(), threads);
+    };
+    Tape::perform(call, layer);
 }
 
 void quantize(const omega::Linear& layer, uintptr_t x, int rows, int step, uintptr_t q,
@@ -159,32 +164,28 @@ void norm(uintptr_t x, size_t outer, size_t stride, int inner, int width, uintpt
           int threads) {
     const omega::NormArgs args{floats(x), outer, stride, inner, width, floats(gain), floats(shift),
                                per_gain, plus, eps, center, reinterpret_cast<float*>(y)};
-    nb::gil_scoped_release release;
-    omega::run_norm(args, fastest(), pool(), threads);
+    Tape::perform([=] { omega::run_norm(args, fastest(), pool(), threads); });
 }
 
 void gate(uintptr_t gate, uintptr_t up, size_t rows, size_t gate_stride, size_t up_stride,
           int width, int kind, uintptr_t y, int threads) {
     const omega::GateArgs args{floats(gate), floats(up), rows, gate_stride, up_stride, width, kind,
                                reinterpret_cast<float*>(y)};
-    nb::gil_scoped_release release;
-    omega::run_gate(args, fastest(), pool(), threads);
+    Tape::perform([=] { omega::run_gate(args, fastest(), pool(), threads); });
 }
 
 void rotate(uintptr_t x, size_t tokens, size_t stride, int heads, int dim, uintptr_t cos,
             uintptr_t sin, size_t table, uintptr_t y, int threads) {
     const omega::RotateArgs args{floats(x), tokens, stride, heads, dim, floats(cos), floats(sin),
                                  table, reinterpret_cast<float*>(y), size_t(heads) * dim};
-    nb::gil_scoped_release release;
-    omega::run_rotate(args, fastest(), pool(), threads);
+    Tape::perform([=] { omega::run_rotate(args, fastest(), pool(), threads); });
 }
 
 void residual(uintptr_t x, uintptr_t add, uintptr_t gate, size_t rows, size_t per_gate, int width,
               uintptr_t y, int threads) {
     const omega::ResidualArgs args{floats(x), floats(add), floats(gate), rows, per_gate, width,
                                    reinterpret_cast<float*>(y)};
-    nb::gil_scoped_release release;
-    omega::run_residual(args, fastest(), pool(), threads);
+    Tape::perform([=] { omega::run_residual(args, fastest(), pool(), threads); });
 }
 
 // Of k and v: address, strides over batch, head and row; then count and repeats.
@@ -196,7 +197,7 @@ omega::Keys keys_of(const KeysTuple& t) {
 
 void attend(const std::array<uintptr_t, 4>& q, int batch, int heads, int kv_heads, int rows,
             int dim, const KeysTuple& keys, const std::optional<KeysTuple>& more, float scale,
-            bool causal, uintptr_t out, int threads) {
+            bool causal, bool exact, uintptr_t out, int threads) {
     omega::AttendArgs args{};
     args.q = floats(q[0]);
     args.q_batch = q[1], args.q_head = q[2], args.q_row = q[3];
@@ -205,10 +206,9 @@ void attend(const std::array<uintptr_t, 4>& q, int batch, int heads, int kv_head
     args.keys[0] = keys_of(keys);
     args.sources = more ? 2 : 1;
     if (more) args.keys[1] = keys_of(*more);
-    args.scale = scale, args.causal = causal;
+    args.scale = scale, args.causal = causal, args.exact = exact;
     args.out = reinterpret_cast<float*>(out);
-    nb::gil_scoped_release release;
-    omega::run_attend(args, fastest(), pool(), threads);
+    Tape::perform([=] { omega::run_attend(args, fastest(), pool(), threads); });
 }
 
 void make_dense(omega::Dense* self, const Array<float>& weight, const Maybe<float>& bias) {
@@ -219,8 +219,10 @@ void make_dense(omega::Dense* self, const Array<float>& weight, const Maybe<floa
 }
 
 void run_dense(const omega::Dense& layer, uintptr_t x, int rows, uintptr_t y, int threads) {
-    nb::gil_scoped_release release;
-    layer.run(floats(x), rows, reinterpret_cast<float*>(y), pool(), threads);
+    const auto call = [=, &layer] {
+        layer.run(floats(x), rows, reinterpret_cast<float*>(y), pool(), threads);
+    };
+    Tape::perform(call, layer);
 }
 
 using AnyLayer = std::variant<const omega::Linear*, const omega::Dense*>;
@@ -270,8 +272,24 @@ void run_block(const omega::Block& block, uintptr_t x, uintptr_t y, int batch, i
     args.cos = floats(cos), args.sin = floats(sin), args.table = table;
     if (cache) args.cache = keys_of(*cache);
     args.step = step;
-    nb::gil_scoped_release release;
-    block.run(args, fastest(), pool(), threads);
+    Tape::perform([=, &block] { block.run(args, fastest(), pool(), threads); }, block);
+}
+
+// By this thread alone: torch would share even 128 KiB among its own.
+void copy(uintptr_t from, uintptr_t to, size_t bytes) {
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+}
+
+// Rows of `bytes` from one place to another.
+void copy_rows(uintptr_t from, size_t stride, uintptr_t to, size_t to_stride, size_t rows,
+               size_t bytes) {
+    Tape::perform([=] {
+        const auto* source = reinterpret_cast<const char*>(from);
+        auto* target = reinterpret_cast<char*>(to);
+        for (size_t i = 0; i < rows; ++i) {
+            std::memcpy(target + i * to_stride, source + i * stride, bytes);
+        }
+    });
 }
 
 std::vector<std::string> isa_names() {
@@ -291,6 +309,14 @@ NB_MODULE(_native, m) {
     m.def("rotate", &rotate);
     m.def("residual", &residual);
     m.def("attend", &attend);
+    m.def("copy", &copy);
+    m.def("copy_rows", &copy_rows);
+    nb::class_<Tape>(m, "Tape", "Calls of kernels, kept to be made again.")
+        .def(nb::init<>())
+        .def("begin", &Tape::begin)
+        .def("end", &Tape::end)
+        .def("run", &Tape::run, "first"_a, "last"_a)
+        .def("__len__", &Tape::size);
     nb::class_<omega::Linear>(m, "Linear", "A layer, repacked. See csrc/linear.hpp.")
         .def("__init__", &make_layer, nb::kw_only(), "qweight"_a, "inputs"_a, "weight_scale"_a,
              "weight_group"_a, "bias"_a.none(), "multiplier"_a.none(), "permutation"_a.none(),

@@ -79,7 +79,7 @@ struct Block::Run {
         }
         args.batch = a.batch, args.heads = spec.heads, args.kv_heads = spec.kv_heads;
         args.rows = a.keep, args.dim = spec.dim;
-        args.scale = spec.scale, args.causal = spec.causal;
+        args.scale = spec.scale, args.causal = spec.causal, args.exact = !spec.in.quantized;
         args.out = w.attended.data();
         if (a.cache.count) args.keys[args.sources++] = a.cache;
         if (!spec.cross) {
@@ -158,7 +158,7 @@ int Block::steps() const {
 void Block::check(const BlockArgs& a) const {
     const bool part = a.keep != a.rows;
     if (a.keep < 1 || a.keep > a.rows || (part && (spec_.cross || spec_.causal)) ||
-        (spec_.causal && a.cache.count) || (spec_.cross && !a.cache.count) ||
+        (spec_.cross && !a.cache.count) || (a.cache.count && a.cache.repeats < 1) ||
         (spec_.q_gain && !a.cos) || (spec_.query && a.cos)) {
         throw std::invalid_argument("this block does not run so");
     }

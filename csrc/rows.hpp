@@ -23,7 +23,7 @@ struct NormArgs {
     float* y;              // [outer][inner][width]
 };
 
-// y = f(gate) * up; f: the tanh approximation of GELU (kind 0), SiLU (kind 1).
+// y = f(gate) * up; f: the tanh approximation of GELU (kind 0), SiLU (kind 1), ReLU (kind 2).
 struct GateArgs {
     const float* gate;
     const float* up;       // or null: nothing to multiply with
@@ -69,7 +69,8 @@ struct AttendArgs {
     Keys keys[2];
     int sources;
     float scale;
-    bool causal;           // query i sees keys 0 .. i
+    bool causal;           // query i sees keys 0 .. i of the last source, and all before
+    bool exact;            // in float32; else products may be of 16 bits (attend_shorts.inl)
     float* out;            // [batch][rows][heads][dim]
 };
 

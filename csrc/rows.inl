@@ -114,7 +114,7 @@ void gate_rows(const GateArgs& a, size_t begin, size_t end) {
             const Floats v = load_some(gate + i, left);
             // 0.5 (1 + tanh u) = 1 / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
             const Floats u = a.kind ? v : v * fused(v * v, splat(0.0713548163f), splat(1.5957691216f));
-            Floats out = v / (exponential(-u) + 1.0f);
+            Floats out = a.kind == 2 ? (v < 0.0f ? Floats{} : v) : v / (exponential(-u) + 1.0f);
             if (up) out = out * load_some(up + i, left);
             store_some(y + i, out, left);
         });
@@ -243,6 +243,11 @@ struct Packed {
         panels = (total + kWide * LANES - 1) / (kWide * LANES);
         value_stride = (a.dim + LANES - 1) / LANES * LANES;
     }
+    // Keys that a query sees.
+    int seen_by(int query) const {
+        const int seen = (a.sources > 1 ? a.keys[0].count : 0) + query + 1;
+        return a.causal && seen < total ? seen : total;
+    }
     const float* row(int i, bool values) const {
         const bool second = i >= a.keys[0].count;
         const Keys& s = a.keys[second];
@@ -324,8 +329,7 @@ void attend_rows(const AttendArgs& a, const Packed& p, int first, int last, Atte
     }
     float sums[128];
     for (int i = 0; i < count; ++i) {
-        const int row = (first + i) % a.rows;
-        const int seen = a.causal && row + 1 < p.total ? row + 1 : p.total;
+        const int seen = p.seen_by((first + i) % a.rows);
         sums[i] = softmax_row(space.scores.data() + size_t(i) * width, seen, width);
     }
     int d = 0;
@@ -348,7 +352,14 @@ void attend_rows(const AttendArgs& a, const Packed& p, int first, int last, Atte
     }
 }
 
+#if LANES >= 8
+#include "attend_shorts.inl"
+#endif
+
 void attend_range(const AttendArgs& a, size_t begin, size_t end) {
+#if LANES >= 8
+    if (shorts_pay(a)) return attend_short_range(a, begin, end);
+#endif
     AttendSpace& space = attend_space();
     const int blocks = attend_blocks(a), block = attend_block(a);
     const int queries = a.heads / a.kv_heads * a.rows;

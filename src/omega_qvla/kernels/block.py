@@ -29,7 +29,7 @@ class BlockShape:
     """What a block is, besides its layers.
 
     cross: it attends to the cache alone, so `into` gives queries only.
-    causal: each token attends to those up to itself; no cache then.
+    causal: each token attends to those up to itself, and to the whole cache.
     norm: `rms` or `layer`, without weights of its own: they multiply by 1 + gain, or by the gain
     itself where it is `plain`.
     gated: `up` gives gate and up, which are multiplied.
@@ -76,7 +76,7 @@ class NativeBlock:
         self._heads = (shape.kv_heads, shape.head_dim)
         self._width, self._alone = layers.into.in_features, shape.cross or shape.causal
         self._normed_heads, self._own_query = head_gains is not None, layers.query is not None
-        self._causal, self._cross = shape.causal, shape.cross
+        self._cross = shape.cross
         gains = [t.detach().float().contiguous() for t in head_gains or ()]
         linears = [None if layer is None else layer.linear for layer in layers]
         self._block = module.Block(
@@ -147,7 +147,7 @@ class NativeBlock:
             return False
         if kept != rows and (self._alone or not 0 < kept < rows):
             return False
-        return not (self._causal and cache is not None) and not (self._cross and cache is None)
+        return not (self._cross and cache is None)
 
     def _keys(self, cache: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int, ...] | None:
         """The cache by address and strides; None where there is none, or none that fits."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from omega_qvla.errors import NumericsError
 
 _F32 = torch.float32
-KINDS = {"gelu": 0, "silu": 1}
+KINDS = {"gelu": 0, "silu": 1, "relu": 2}
 
 
 @cache
@@ -84,6 +84,43 @@ def _row_stride(x: Tensor) -> int | None:
     return stride
 
 
+def copied(source: Tensor, into: Tensor | None = None) -> Tensor:
+    """A copy of a tensor on the CPU, made by this thread alone: torch shares even 128 KiB among
+    its own, which stay awake for milliseconds.
+
+    Args:
+        into: an earlier copy, of the same shape and dtype, to write over.
+    """
+    made = torch.empty_like(source) if into is None else into  # without gaps, in either case
+    module = compiled()
+    if module is None or made.stride() != source.stride():
+        return made.copy_(source)
+    module.copy(source.data_ptr(), made.data_ptr(), source.nbytes)
+    return made
+
+
+def joined(*parts: Tensor) -> Tensor | None:
+    """Parts [B, T_i, width] behind each other, [B, sum of T_i, width]; one of them: a contiguous
+    copy. Rows may be further apart than they are wide."""
+    module, first = compiled(), parts[0]
+    width = first.shape[-1]
+    if module is None or not fits(*parts) or any(t.dim() != 3 for t in parts):
+        return None
+    if any(t.shape[::2] != first.shape[::2] for t in parts):
+        return None
+    made = torch.empty(len(first), sum(t.shape[1] for t in parts), width)
+    batch_bytes, at = 4 * made.stride(0), made.data_ptr()
+    for t in parts:
+        count = t.shape[1]
+        for b in range(len(t) if count else 0):
+            module.copy_rows(
+                t.data_ptr() + 4 * b * t.stride(0), 4 * t.stride(1), at + b * batch_bytes,
+                4 * width, count, 4 * width,
+            )  # fmt: skip
+        at += 4 * width * count
+    return made
+
+
 def rms_norm(
     x: Tensor, eps: float, gain: Tensor, shift: Tensor | None = None, plus: float = 0.0
 ) -> Tensor | None:
@@ -139,8 +176,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def residual(x: Tensor, add: Tensor, gate: Tensor) -> Tensor | None:
-    """x + add * gate; x and add [B, S, width], gate [T, 1, width], B a multiple of T.
+def residual(x: Tensor, add: Tensor, gate: Tensor | None = None) -> Tensor | None:
+    """x + add * gate, or x + add; x and add [B, S, width], gate [T, 1, width], B a multiple of T.
 
     Raises:
         NumericsError: a gate of another width.
@@ -157,14 +194,16 @@ def residual(x: Tensor, add: Tensor, gate: Tensor) -> Tensor | None:
     y = torch.empty(x.shape)
     rows = x.numel() // width
     module.residual(
-        x.data_ptr(), add.data_ptr(), gate.data_ptr(), rows, max(1, rows // gates), width,
+        x.data_ptr(), add.data_ptr(), _address(gate), rows, max(1, rows // gates), width,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def gated(kind: Literal["gelu", "silu"], gate: Tensor, up: Tensor | None = None) -> Tensor | None:
-    """f(gate) * up, or f(gate) alone; f: GELU (tanh approximation) or SiLU."""
+def gated(
+    kind: Literal["gelu", "silu", "relu"], gate: Tensor, up: Tensor | None = None
+) -> Tensor | None:
+    """f(gate) * up, or f(gate) alone; f: GELU (tanh approximation), SiLU or ReLU."""
     module = compiled()
     if module is None or not fits(gate, up):
         return None
@@ -212,6 +251,7 @@ def attend(
     *,
     scale: float,
     causal: bool = False,
+    exact: bool = True,
 ) -> Tensor | None:
     """softmax(scale q k^T) v, heads side by side: [B, Q, heads * dim].
 
@@ -219,7 +259,10 @@ def attend(
         q: [B, heads, Q, dim].
         keys: k and v, [B / R, kv_heads, L, dim]; R consecutive entries of q share one of them.
         more: a second run of keys and values behind the first, with the same rules.
-        causal: query i sees keys 0..i.
+        causal: query i sees keys 0..i of the last run, and all of the one before it.
+        exact: in float32. Else long runs of keys may be met by whole numbers of 16 bits
+            (csrc/attend_shorts.inl): the error is some 1e-4 of the values, that of bfloat16, in
+            which the originals attend, 4e-3.
     """
     module = compiled()
     if module is None or not fits(q, *keys, *(more or ())):
@@ -239,7 +282,8 @@ def attend(
     out = torch.empty(batch, rows, heads * dim)
     module.attend(
         (q.data_ptr(), *q.stride()[:3]), batch, heads, kv_heads, rows, dim, sources[0],
-        sources[1] if more is not None else None, scale, causal, out.data_ptr(),
+        sources[1] if more is not None else None, scale, causal, exact,
+        out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
