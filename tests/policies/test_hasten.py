@@ -123,7 +123,11 @@ def test_whole_blocks_have_the_bits_of_their_parts(
     assert all(block.whole is not None for block in blocks(policy))
     calls = counted(blocks(policy, QUANTIZED), monkeypatch)
     whole = velocities(policy, repeats, PROMPTS[:1])
-    assert calls == [policy.num_steps if isinstance(b, ExpertLayer | DiTBlock) else 1
+    # The language model runs once for the beginning of the prompt, once for the rest.
+    assert calls == [policy.num_steps if isinstance(b, ExpertLayer | DiTBlock) else 2
+                     for b in blocks(policy, QUANTIZED)]  # fmt: skip
+    assert torch.equal(velocities(policy, repeats, PROMPTS[:1]), whole)
+    assert calls == [2 * policy.num_steps if isinstance(b, ExpertLayer | DiTBlock) else 3
                      for b in blocks(policy, QUANTIZED)]  # fmt: skip
     for block in blocks(policy, QUANTIZED):
         block.whole = None

@@ -74,8 +74,10 @@ def measure(
     }
     for done in range(-2, rounds):
         for name, policy in arms.items():
-            _one(policy, observation)
-            took = _one(policy, observation)
+            _stages(policy, observation)
+            took = _stages(policy, observation)
+            took["vision"] = _vision(policy, observation)
+            took["prefix"] -= took["vision"]
             if done >= 0:
                 for stage, value in took.items():
                     seconds[name][stage].append(value)
@@ -108,27 +110,34 @@ class _Watch:
 
 
 @torch.inference_mode()
-def _one(policy: Policy, observation: Observation) -> dict[str, float]:
-    """Seconds of each stage of one inference."""
+def _stages(policy: Policy, observation: Observation) -> dict[str, float]:
+    """Seconds of each stage of one inference; `prefix` with the image encoder in it."""
     noise = policy.draw_noise(1, seed=0)
     times = [_now(policy)]
     inputs = policy.prepare([observation])
-    watch = _Watch(vision_of(policy), policy)
     times.append(_now(policy))
     prefix = policy.encode(inputs)
     times.append(_now(policy))
-    watch.close()
-    resumed = _now(policy)
     actions = policy.sample(prefix, noise)
     times.append(_now(policy))
     policy.finish(actions, inputs)
     end = _now(policy)
     return {
-        "vision": watch.seconds,
-        "prefix": times[2] - times[1] - watch.seconds,
-        "step": (times[3] - resumed) / policy.num_steps,
+        "prefix": times[2] - times[1],
+        "step": (times[3] - times[2]) / policy.num_steps,
         "chunk": end - times[0],
     }
+
+
+@torch.inference_mode()
+def _vision(policy: Policy, observation: Observation) -> float:
+    """Seconds of the image encoder, in an inference of its own: what is watched is not
+    repeated from a list (`modules.captured`)."""
+    inputs = policy.prepare([observation])
+    watch = _Watch(vision_of(policy), policy)
+    policy.encode(inputs)
+    watch.close()
+    return watch.seconds
 
 
 def _now(policy: Policy) -> float:

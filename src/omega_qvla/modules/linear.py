@@ -145,3 +145,8 @@ def _find(module: nn.Module, name: str, layer: QuantizedLayer) -> nn.Linear:
             f"{layer.in_features} -> {layer.out_features} in the pack"
         )
     return linear
+
+
+def quantized(layer: nn.Module) -> bool:
+    """Whether this is a quantized layer: what it is part of may be rounded as well."""
+    return isinstance(layer, QuantLinear)

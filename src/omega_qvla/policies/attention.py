@@ -58,14 +58,16 @@ def attend_heads(
     scale: float | None = None,
     *,
     fast: bool = False,
+    exact: bool = True,
 ) -> Tensor:
     """`attend` with the heads side by side, as the next layer reads them: [B, Q, heads * dim].
 
     fast: with the compiled kernel, where it takes such tensors and no mask is given.
+    exact: see `kernels.rows.attend`.
     """
     if fast and mask is None:
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        out = rows.attend(q, (k, v), scale=factor, causal=causal)
+        out = rows.attend(q, (k, v), scale=factor, causal=causal, exact=exact)
         if out is not None:
             return out
     return attend(q, k, v, mask, causal, scale).transpose(1, 2).flatten(2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
@@ -84,19 +83,30 @@ class SiglipEmbeddings(nn.Module):
         weight = self.patch_embedding.weight
         pixels = pixel_values[..., : side * size, : side * size].to(weight.dtype)
         grid = pixels.reshape(len(pixels), 3, side, size, side, size)
-        tokens = None if self.packed is None else self._small(self.packed, grid)
-        if tokens is None:
-            patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
-            tokens = linear(patches, weight.flatten(1), self.patch_embedding.bias)
-        return tokens + self.position_embedding.weight
+        positions = self.position_embedding.weight
+        if self.packed is not None:
+            tokens = self._small(self.packed, grid)
+            placed = None if tokens is None else self._placed(tokens, positions)
+            if placed is not None:
+                return placed
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels), side * side, -1)
+        return linear(patches, weight.flatten(1), self.patch_embedding.bias) + positions
 
     @staticmethod
-    def _small(packed: PackedDense, grid: Tensor) -> Tensor | None:
+    def _small(packed: PackedDense, grid: Tensor) -> list[Tensor] | None:
         """One image at a time: torch would share a larger copy among threads, which then stay
         awake for milliseconds and keep the kernels' own waiting."""
         tokens = [packed(image.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)) for image in grid]
         known = [one for one in tokens if one is not None]
-        return torch.stack(known) if len(known) == len(tokens) else None
+        return known if len(known) == len(tokens) else None
+
+    @staticmethod
+    def _placed(tokens: list[Tensor], positions: Tensor) -> Tensor | None:
+        """Tokens of every image with their positions added: [B, tokens, hidden]."""
+        placed = [rows.residual(one[None], positions.detach()[None]) for one in tokens]
+        known = [one for one in placed if one is not None]
+        done = rows.joined(*known) if len(known) == len(tokens) else None
+        return None if done is None else done.view(len(tokens), -1, done.shape[-1])
 
 
 class SiglipAttention(nn.Module):

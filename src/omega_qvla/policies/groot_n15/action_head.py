@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import NumericsError, StepError
+from omega_qvla.kernels import rows
+from omega_qvla.modules.captured import Captured
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.policies.groot_n15.blocks import KeyValue
 from omega_qvla.policies.groot_n15.config import ActionHeadConfig
 from omega_qvla.policies.groot_n15.dit import DiT, StepConditioning
 from omega_qvla.policies.groot_n15.embodiment import ActionEncoder, CategoryMLP, CategoryWeights
 from omega_qvla.policies.groot_n15.vl_self_attention import VLSelfAttention
+
+
+# Of the action encoder and of the decoder.
+Selected = tuple[tuple[CategoryWeights, ...], tuple[CategoryWeights, CategoryWeights]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Prefix:
         """Entries that x_t must have: observations times repeats."""
         return self.state_features.shape[0]
 
+    @property
+    def projected(self) -> list[Tensor]:
+        """Keys and values of the cross blocks in turn."""
+        return [tensor for pair in self.key_values if pair is not None for tensor in pair]
+
     def repeat(self, count: int) -> Prefix:
         """Serve `count` noise samples per observation (as repeat_interleave along the batch).
 
@@ -56,6 +68,8 @@ class Prefix:
 
 class ActionHead(nn.Module):
     """The checkpoint's `action_head.`."""
+
+    fast = False
 
     def __init__(self, config: ActionHeadConfig) -> None:
         super().__init__()
@@ -73,9 +87,16 @@ class ActionHead(nn.Module):
         )
         self.baked: StepConditioning | None = None
         self.kept: tuple[StepConditioning, ...] | None = None
+        self.captured: Captured | None = None
+        self._weights: dict[int, Selected] = {}
         self.position_embedding = (
             nn.Embedding(config.max_seq_len, width) if config.add_pos_embed else None
         )
+
+    def fuse(self) -> None:
+        """Repeat the steps that were taken before, for as many features, from now on."""
+        self.captured = Captured()
+        self._weights.clear()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,15 +123,39 @@ class ActionHead(nn.Module):
         if self.vlln is not None and self.vl_self_attention is not None:
             vl = self.vl_self_attention(self.vlln(vl), mask)
         state = state[:, None] if state.dim() == 2 else state
-        return Prefix(
-            vl=vl,
-            state_features=self.state_encoder(state.to(self.dtype), embodiment_id),
-            key_values=self.model.cross_key_values(vl),
-            encoder=self.action_encoder.select(embodiment_id),
-            decoder=self.action_decoder.select(embodiment_id),
-            embodiment_id=embodiment_id,
-            vl_mask=mask,
-        )
+        state_features = self.state_encoder(state.to(self.dtype), embodiment_id)
+        key_values = self.model.cross_key_values(vl)
+        return self.prefix(vl, state_features, key_values, embodiment_id, mask)
+
+    def prefix(
+        self,
+        vl: Tensor,
+        state_features: Tensor,
+        key_values: Sequence[KeyValue | None],
+        embodiment_id: Tensor,
+        mask: Tensor | None = None,
+    ) -> Prefix:
+        """What was computed of the observation, and the weights of its embodiment."""
+        encoder, decoder = self._selected(embodiment_id)
+        return Prefix(vl, state_features, tuple(key_values), encoder, decoder, embodiment_id, mask)
+
+    def _selected(self, embodiment_id: Tensor) -> Selected:
+        """Weights of the action encoder and decoder; kept where they are not to change."""
+        keep = self.captured is not None and embodiment_id.numel() == 1
+        if keep and not torch.is_grad_enabled():
+            known = self._weights.get(int(embodiment_id))
+            if known is None:
+                known = self._weights[int(embodiment_id)] = self._select(embodiment_id)
+            return known
+        return self._select(embodiment_id)
+
+    def _select(self, embodiment_id: Tensor) -> Selected:
+        return self.action_encoder.select(embodiment_id), self.action_decoder.select(embodiment_id)
+
+    def pair_up(self, projected: Sequence[Tensor]) -> tuple[KeyValue | None, ...]:
+        """Keys and values in turn (`Prefix.projected`), as each block takes them."""
+        one = iter(projected)
+        return tuple((next(one), next(one)) if b.cross else None for b in self.model.blocks)
 
     def buckets(self, num_steps: int) -> Tensor:
         """Time bucket of each step, int64 [num_steps] on the CPU (step s is at t = s / n)."""
@@ -174,9 +219,15 @@ class ActionHead(nn.Module):
             time = time[prefix.embodiment_id]
         actions = ActionEncoder.apply_selected(x_t.to(self.dtype), tau, prefix.encoder, time)
         if self.position_embedding is not None:
-            actions = actions + self.position_embedding.weight[: x_t.shape[1]]
+            positions = self.position_embedding.weight[: x_t.shape[1]]
+            placed = None
+            if self.fast:
+                placed = rows.residual(actions, positions.expand(actions.shape).contiguous())
+            actions = actions + positions if placed is None else placed
         future = self.future_tokens.weight.expand(prefix.batch, -1, -1)
-        return torch.cat([prefix.state_features, future, actions], dim=1)
+        parts = (prefix.state_features, future, actions)
+        joined = rows.joined(*parts) if self.fast else None
+        return torch.cat(parts, dim=1) if joined is None else joined
 
     def velocity(self, prefix: Prefix, x_t: Tensor, conditioning: StepConditioning) -> Tensor:
         """The flow's velocity [N, H, A] (towards the data) at x_t [N, H, A].
@@ -219,10 +270,31 @@ class ActionHead(nn.Module):
             if conditioning is None
             else [conditioning.at(step) for step in range(steps)]
         )
-        x = noise
-        for step in range(steps):
+        shared = prefix.vl_mask is None and prefix.embodiment_id.numel() == 1
+        if self.captured is None or times is not self.kept or not shared:
+            return self._integrate(prefix, noise, times)
+
+        def integrate(noise: Tensor, state_features: Tensor, *projected: Tensor) -> Tensor:
+            key_values = self.pair_up(projected)
+            same = replace(prefix, state_features=state_features, key_values=key_values)
+            return self._integrate(same, noise, times)
+
+        key = ("actions", id(times), int(prefix.embodiment_id), prefix.repeats)
+        inputs = (noise, prefix.state_features, *prefix.projected)
+        actions: Tensor = self.captured(self, integrate, *inputs, key=key)
+        return actions
+
+    def _integrate(
+        self, prefix: Prefix, noise: Tensor, times: Sequence[StepConditioning]
+    ) -> Tensor:
+        x, steps = noise, len(times)
+        fast = self.fast and x.is_cpu and x.dtype == torch.float32
+        share = torch.full((1, 1, x.shape[-1]), 1.0 / steps) if fast else None
+        for step, time in enumerate(times):
             with denoising_step(step, steps):
-                x = x + self.velocity(prefix, x, times[step]).to(x.dtype) / steps
+                velocity = self.velocity(prefix, x, time).to(x.dtype)
+                done = None if share is None else rows.residual(x, velocity, share)
+                x = x + velocity / steps if done is None else done
         return x
 
     def step_independent_linears(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from omega_qvla.kernels import rows
+from omega_qvla.modules.linear import quantized
 from omega_qvla.modules.shared import joined, project
 from omega_qvla.policies.attention import attend_heads
 
@@ -61,7 +62,9 @@ class Attention(nn.Module):
         """`forward` for queries [B * R, T, heads * head_dim]."""
         keys, values = key_value
         folded = queries.reshape(keys.shape[0], -1, queries.shape[-1])
-        attended = attend_heads(self.split(folded), keys, values, mask, fast=self.fast)
+        attended = attend_heads(
+            self.split(folded), keys, values, mask, fast=self.fast, exact=not quantized(self.to_q)
+        )
         out: Tensor = self.to_out[0](attended.reshape(queries.shape))
         return out
 

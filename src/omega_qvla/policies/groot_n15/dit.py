@@ -236,7 +236,9 @@ class DiT(nn.Module):
     @staticmethod
     def _key_value(attention: Attention, keys: Tensor, values: Tensor) -> KeyValue:
         # Contiguous, or every step would step over the other blocks' keys.
-        return attention.split(keys.contiguous()), attention.split(values.contiguous())
+        k, v = rows.joined(keys), rows.joined(values)
+        k = keys.contiguous() if k is None else k
+        return attention.split(k), attention.split(values.contiguous() if v is None else v)
 
     def forward(
         self,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.errors import ConfigError, ObservationError
+from omega_qvla.modules.shared import watched
 from omega_qvla.policies.groot_n15.config import BackboneConfig, EagleConfig, Qwen3Config
-from omega_qvla.policies.groot_n15.qwen3 import Qwen3Model
+from omega_qvla.policies.groot_n15.qwen3 import Lead, Qwen3Model
 from omega_qvla.policies.siglip import SiglipConfig, SiglipVisionModel
 
 
@@ -61,8 +62,14 @@ def connector(config: EagleConfig) -> nn.Sequential:
     )
 
 
+#: Beginnings of prompts, up to the first image, that are kept: one system prompt has one.
+KEPT_LEADS = 4
+
+
 class EagleModel(nn.Module):
     """Images and token ids to language-model features."""
+
+    fast = False
 
     def __init__(self, config: EagleConfig, num_language_layers: int) -> None:
         super().__init__()
@@ -70,6 +77,11 @@ class EagleModel(nn.Module):
         self.vision_model = VisionTower(config.vision)
         self.mlp1 = connector(config)
         self.language_model = LanguageModel(config.text, num_language_layers)
+        self._leads: dict[tuple[int, ...], Lead] = {}
+
+    def fuse(self) -> None:
+        """Layers are others now: what was kept of a prompt is not theirs."""
+        self._leads.clear()
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """[tiles, 3, H, W] to [tiles, tokens_per_image, D]."""
@@ -91,14 +103,45 @@ class EagleModel(nn.Module):
         if not torch.compiler.is_compiling():
             _check_places(places, images)
         text: Tensor = self.language_model.model.embed_tokens(input_ids)
-        return text.masked_scatter(places[..., None], images.to(text.dtype))
+        # The row of each token among those of the text and, behind them, of the images.
+        count, here = places.numel(), places.flatten()
+        image = count + here.cumsum(0) - 1
+        row = torch.where(here, image, torch.arange(count, device=here.device))
+        every = torch.cat([text.flatten(0, 1), images.to(text.dtype).flatten(0, 1)])
+        return every.index_select(0, row).view_as(text)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         embeddings = self.embed(pixel_values, input_ids)
+        if attention_mask is None and self.fast:
+            followed = self._follow(embeddings, input_ids)
+            if followed is not None:
+                return followed
         out: Tensor = self.language_model(embeddings, attention_mask)
         return out
+
+    def _follow(self, embeddings: Tensor, input_ids: Tensor) -> Tensor | None:
+        """The language model from the first image on: what comes before is the same in every
+        prompt, and was kept. None where it must run from the start: more than one prompt, a
+        gradient, somebody who watches a layer."""
+        model = self.language_model.model
+        if len(input_ids) > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if any(layer.whole is None for layer in model.layers) or any(map(watched, model.modules())):
+            return None
+        ids = input_ids[0].tolist()
+        image = self.config.image_token_index
+        first = tuple(ids[: ids.index(image)]) if image in ids else ()
+        if not first:
+            return None
+        lead = self._leads.get(first)
+        if lead is None:
+            lead = model.lead(embeddings[:, : len(first)])
+            if len(self._leads) >= KEPT_LEADS:
+                self._leads.clear()
+            self._leads[first] = lead
+        return model.follow(lead, embeddings[:, len(first) :])
 
 
 def _check_places(places: Tensor, images: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, silu
 
+from omega_qvla.kernels import rows
 from omega_qvla.kernels.dense import PackedDense
 
 
@@ -101,7 +102,9 @@ class CategoryMLP(nn.Module):
 
     @staticmethod
     def apply_selected(x: Tensor, layers: tuple[CategoryWeights, CategoryWeights]) -> Tensor:
-        return category_linear(relu(category_linear(x, layers[0])), layers[1])
+        hidden = category_linear(x, layers[0])
+        active = rows.gated("relu", hidden) if layers[0].small is not None else None
+        return category_linear(relu(hidden) if active is None else active, layers[1])
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [B, T, in], ids [B] or [1], to [B, T, out]."""
@@ -160,4 +163,9 @@ class ActionEncoder(nn.Module):
         mixed = category_matmul(hidden, w2.weight[:, :width], w2.small)
         if 1 < time.shape[0] < mixed.shape[0]:
             time = time.repeat_interleave(mixed.shape[0] // time.shape[0], dim=0)
+        if w2.small is not None:
+            fast = rows.residual(mixed, time.expand(mixed.shape).contiguous())
+            fast = None if fast is None else rows.gated("silu", fast)
+            if fast is not None:
+                return category_linear(fast, w3)
         return category_linear(silu(mixed + time), w3)

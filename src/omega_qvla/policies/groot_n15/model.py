@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from omega_qvla.modules.captured import Captured
 from omega_qvla.policies.groot_n15.action_head import ActionHead, Prefix
 from omega_qvla.policies.groot_n15.config import GrootConfig
 from omega_qvla.policies.groot_n15.dit import StepConditioning
@@ -22,6 +23,11 @@ class GrootModel(nn.Module):
         self.config = config
         self.backbone = EagleBackbone(config.eagle, config.backbone)
         self.action_head = ActionHead(config.action_head)
+        self.captured: Captured | None = None
+
+    def fuse(self) -> None:
+        """Repeat what was done before with the same prompt from now on."""
+        self.captured = Captured()
 
     def encode(
         self,
@@ -45,9 +51,21 @@ class GrootModel(nn.Module):
                 leak (the default here); with True a padded batch gives each observation the
                 actions that it gets alone.
         """
-        features = self.backbone(pixel_values, input_ids, attention_mask)
-        mask = attention_mask if mask_padding else None
-        return self.encode_features(features, state, embodiment_id, mask)
+        if self.captured is None or attention_mask is not None or embodiment_id.numel() != 1:
+            features = self.backbone(pixel_values, input_ids, attention_mask)
+            mask = attention_mask if mask_padding else None
+            return self.encode_features(features, state, embodiment_id, mask)
+
+        def encode(pixel_values: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+            features = self.backbone(pixel_values, input_ids)
+            prefix = self.encode_features(features, state, embodiment_id)
+            return prefix.vl, prefix.state_features, *prefix.projected
+
+        # The prompt is part of the key: its embeddings are constants of the capture.
+        key = (tuple(map(tuple, input_ids.tolist())), int(embodiment_id))
+        vl, state_features, *projected = self.captured(self, encode, pixel_values, state, key=key)
+        key_values = self.action_head.pair_up(projected)
+        return self.action_head.prefix(vl, state_features, key_values, embodiment_id)
 
     def encode_features(
         self,

@@ -115,6 +115,8 @@ class GrootProcessor:
         self.action_norm = self._norm("action", config.action_keys)
         self._pad = special_id(tokenizer, GROOT_PAD)
         self._ids: dict[str, list[int]] = {}
+        self._last: tuple[tuple[str, ...], tuple[Tensor, Tensor | None]] | None = None
+        self._embodiment = torch.tensor([config.embodiment_id])
         self._check()
 
     @classmethod
@@ -236,14 +238,21 @@ class GrootProcessor:
             raise ObservationError("no observations: give at least one")
         states = image_ops.stack_states(observations, self.state_dim)
         images = [self.camera_images(observations, camera) for camera in self.cameras]
-        tokens, mask = self.tokenize([o.prompt for o in observations])
+        tokens, mask = self._tokens(tuple(o.prompt for o in observations))
         return GrootInputs(
             pixel_values=torch.stack(images, dim=1).flatten(0, 1),
             input_ids=tokens,
-            attention_mask=None if bool(mask.all()) else mask,
+            attention_mask=mask,
             state=torch.from_numpy(self.normalize_state(states)),
-            embodiment_id=torch.tensor([self.config.embodiment_id]),
+            embodiment_id=self._embodiment,
         )
+
+    def _tokens(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """`tokenize`, without a mask where nothing is padded; that of the last prompts is kept."""
+        if self._last is None or self._last[0] != prompts:
+            tokens, mask = self.tokenize(prompts)
+            self._last = prompts, (tokens, None if bool(mask.all()) else mask)
+        return self._last[1]
 
     def save(self, path: Path) -> None:
         """Write processor.json, the tokenizer and the metadata into a checkpoint."""

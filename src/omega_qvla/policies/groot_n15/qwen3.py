@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import silu
 from omega_qvla.kernels import rows
 from omega_qvla.kernels.block import BlockShape
 from omega_qvla.modules.block import WholeBlock, norm_rows
+from omega_qvla.modules.linear import quantized
 from omega_qvla.modules.shared import project
 from omega_qvla.policies.attention import attend_heads
 from omega_qvla.policies.groot_n15.config import Qwen3Config
@@ -90,6 +92,13 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
+    def keys_values(self, x: Tensor, table: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values of x [B, L, D], each [B, kv_heads, L, head_dim]."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        k, v = project(x, self.k_proj, self.v_proj)
+        k = rotate(self.k_norm(k.view(heads)), table, self.fast)
+        return k.transpose(1, 2), v.view(heads).transpose(1, 2)
+
     def forward(self, x: Tensor, table: Rotary, mask: Tensor | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, L] (True: attend) or None for plain causal."""
         heads = (*x.shape[:-1], -1, self.head_dim)
@@ -97,7 +106,9 @@ class Qwen3Attention(nn.Module):
         q = rotate(self.q_norm(q.view(heads)), table, self.fast).transpose(1, 2)
         k = rotate(self.k_norm(k.view(heads)), table, self.fast).transpose(1, 2)
         v = v.view(heads).transpose(1, 2)
-        out: Tensor = self.o_proj(attend_heads(q, k, v, mask, causal=mask is None, fast=self.fast))
+        exact = not quantized(self.q_proj)
+        attended = attend_heads(q, k, v, mask, causal=mask is None, fast=self.fast, exact=exact)
+        out: Tensor = self.o_proj(attended)
         return out
 
 
@@ -149,15 +160,37 @@ class Qwen3Layer(nn.Module):
         self.whole = WholeBlock.of(groups, shape, gains)
 
     def forward(self, x: Tensor, table: Rotary, mask: Tensor | None) -> Tensor:
-        if self.whole is not None and mask is None:
-            before = norm_rows(self.input_layernorm)
-            after = norm_rows(self.post_attention_layernorm)
-            done = self.whole(x, before, after, rope=(table.cos, table.sin))
-            if done is not None:
-                return done
+        done = self.run_whole(x, (table.cos, table.sin)) if mask is None else None
+        if done is not None:
+            return done
         x = x + self.self_attn(self.input_layernorm(x), table, mask)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
+
+    def run_whole(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | None:
+        """The layer in one call; None where it cannot be.
+
+        before: keys and values of the tokens before x."""
+        if self.whole is None:
+            return None
+        norms = norm_rows(self.input_layernorm), norm_rows(self.post_attention_layernorm)
+        return self.whole(x, *norms, before, rope)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What the first n tokens of a sequence leave for those after them, whatever they are.
+
+    features: [1, n, D]; cache: of each layer, keys and values [1, kv_heads, n, head_dim].
+    """
+
+    features: Tensor
+    cache: tuple[tuple[Tensor, Tensor], ...]
 
 
 def causal_mask(valid: Tensor) -> Tensor:
@@ -201,6 +234,33 @@ class Qwen3Model(nn.Module):
             hidden = layer(hidden, table, mask)
         out: Tensor = self.norm(hidden)
         return out
+
+    def lead(self, embeddings: Tensor) -> Lead:
+        """Run the first tokens of a sequence, embeddings [1, n, D]."""
+        table = self._rotary(embeddings.shape[1], embeddings.device)
+        hidden, cache = embeddings, []
+        for layer in self.layers:
+            assert isinstance(layer, Qwen3Layer)
+            normed = layer.input_layernorm(hidden)
+            cache.append(layer.self_attn.keys_values(normed, table))
+            hidden = layer(hidden, table, None)
+        return Lead(self.norm(hidden), tuple(cache))
+
+    def follow(self, lead: Lead, embeddings: Tensor) -> Tensor | None:
+        """Features of a whole sequence, as `forward` gives them, from those of its first tokens
+        and embeddings [1, L, D] of the others; None where the layers are no single calls."""
+        known, length = lead.features.shape[1], embeddings.shape[1]
+        table = self._rotary(known + length, embeddings.device)
+        rope, hidden = (table.cos[known:], table.sin[known:]), embeddings
+        for layer, before in zip(self.layers, lead.cache, strict=True):
+            assert isinstance(layer, Qwen3Layer)
+            done = layer.run_whole(hidden, rope, before)
+            if done is None:
+                return None
+            hidden = done
+        parts = (lead.features, self.norm(hidden))
+        joined = rows.joined(*parts)
+        return torch.cat(parts, dim=1) if joined is None else joined
 
     def _rotary(self, length: int, device: torch.device) -> Rotary:
         """The angles of this length; in a fast model those of the last call are kept."""

@@ -17,6 +17,7 @@ from omega_qvla.kernels import rows
 from omega_qvla.kernels.block import BlockShape
 from omega_qvla.modules.block import WholeBlock
 from omega_qvla.modules.int8 import Int8Embedding
+from omega_qvla.modules.linear import quantized
 from omega_qvla.modules.shared import project
 from omega_qvla.policies.attention import attend
 from omega_qvla.policies.pi05.config import GemmaConfig
@@ -154,7 +155,9 @@ class Attention(nn.Module):
         keys = (k.transpose(1, 2), v.transpose(1, 2))
         attended = None
         if self.fast and bias is None:
-            attended = rows.attend(q.transpose(1, 2), keys, scale=self.scale)
+            attended = rows.attend(
+                q.transpose(1, 2), keys, scale=self.scale, exact=not quantized(self.q_proj)
+            )
         if attended is None:
             folded = self._fold_heads(q)
             if bias is not None:
@@ -177,7 +180,9 @@ class Attention(nn.Module):
         own = (k.transpose(1, 2), v.transpose(1, 2))
         attended = None
         if self.fast and bias is None:
-            attended = rows.attend(q.transpose(1, 2), cache, own, scale=self.scale)
+            attended = rows.attend(
+                q.transpose(1, 2), cache, own, scale=self.scale, exact=not quantized(self.q_proj)
+            )
         if attended is None:
             out = self._attend_both(self._fold_heads(q) * self.scale, cache, own, bias)
             attended = self._unfold_heads(out.to(x.dtype), x.shape[1])
@@ -239,6 +244,8 @@ class Mlp(nn.Module):
 class PrefixLayer(nn.Module):
     """One block of the language model."""
 
+    fast = False
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -255,14 +262,20 @@ class PrefixLayer(nn.Module):
             k, v = self.self_attn.keys_values(normed, rope)
             return x, *_cached(k, v)
         q, k, v = self.self_attn.queries_keys_values(normed, rope)
-        x = x + self.self_attn.attend_prefix(q, k, v, bias)
-        return x + self.mlp(self.post_attention_layernorm(x)), *_cached(k, v)
+        x = self._add(x, self.self_attn.attend_prefix(q, k, v, bias))
+        return self._add(x, self.mlp(self.post_attention_layernorm(x))), *_cached(k, v)
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        done = rows.residual(x, branch) if self.fast else None
+        return x + branch if done is None else done
 
 
 def _cached(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """[B, S, kv_heads, head_dim] as the cache holds them. V may be a part of a joint product's
     result: a copy lets go of the rest."""
-    return k.transpose(1, 2), v.contiguous().transpose(1, 2)
+    own = rows.joined(v.flatten(2))
+    v = v.contiguous() if own is None else own.view(v.shape)
+    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 class LanguageModel(nn.Module):

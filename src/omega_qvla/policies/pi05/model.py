@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from omega_qvla.errors import ConfigError, NumericsError, ObservationError, StepError
+from omega_qvla.kernels import rows
+from omega_qvla.modules.captured import Captured
 from omega_qvla.modules.int8 import Int8Embedding
 from omega_qvla.modules.step_context import denoising_step
 from omega_qvla.policies.pi05.config import Pi05Config
@@ -159,6 +162,11 @@ class Pi05Model(nn.Module):
         self.baked: BakedConditioning | None = None
         self.kept: KeptConditioning | None = None
         self._angles: dict[int, Rope] = {}
+        self.captured: Captured | None = None
+
+    def fuse(self) -> None:
+        """Repeat what was done before with inputs of the same size from now on."""
+        self.captured = Captured()
 
     @property
     def vision(self) -> SiglipVisionModel:
@@ -214,15 +222,25 @@ class Pi05Model(nn.Module):
             length = int(columns[-1]) + 1 if len(columns) else 0
         parts, masks = [], []
         if images:
-            features = self.vision(torch.cat(list(images)))
-            model = self.paligemma_with_expert.paligemma.model
-            features = model.multi_modal_projector.linear(features)
+            features = self._repeated("images", self.image_features, torch.cat(list(images)))
             parts += features.to(self.compute_dtype).chunk(len(images))
             tokens = self.config.vision.num_tokens
             masks += [mask[:, None].expand(-1, tokens) for mask in image_masks]
         parts.append(self.language_model.embed(lang_tokens[:, :length]))
         masks.append(lang_mask[:, :length])
         return torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[N, 3, image_size, image_size] to [N, tokens, width] of the language model."""
+        model = self.paligemma_with_expert.paligemma.model
+        features: Tensor = model.multi_modal_projector.linear(self.vision(images))
+        return features
+
+    def _repeated(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """function(*inputs), by `modules.captured` in a fast model."""
+        if self.captured is None:
+            return function(*inputs)
+        return self.captured(self, function, *inputs, key=key)
 
     def encode_prefix(
         self,
@@ -255,8 +273,19 @@ class Pi05Model(nn.Module):
             bias = torch.zeros(pad_mask.shape, device=pad_mask.device)
             bias = bias.masked_fill(~pad_mask, MASKED)[:, None, None]
         rope = self.prefix_rope(pad_mask)
-        keys, values, _ = self.language_model(embeddings, rope, bias)
-        return Prefix(keys, values, pad_mask, pad_mask.sum(1), bias)
+        if bias is None:
+            cache = self._repeated("prefix", self._keys_values, embeddings, *rope)
+        else:
+            cache = self._keys_values(embeddings, *rope, bias)
+        depth = len(cache) // 2
+        return Prefix(cache[:depth], cache[depth:], pad_mask, pad_mask.sum(1), bias)
+
+    def _keys_values(
+        self, embeddings: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Keys of every layer, then values of every layer."""
+        keys, values, _ = self.language_model(embeddings, Rope(cos, sin), bias)
+        return *keys, *values
 
     def prefix_rope(self, pad_mask: Tensor) -> Rope:
         """Rotary tables of the prefix: masked tokens do not consume positions."""
@@ -399,10 +428,30 @@ class Pi05Model(nn.Module):
         steps = self.step_conditionings(time_grid)
         x_t = noise.float()
         rope = self.suffix_rope(prefix, x_t.shape[1])
-        for s in range(total):
-            with denoising_step(s, total):
-                x_t = x_t + dt * self.velocity(prefix, x_t, steps[s], rope)
-        return x_t
+        if self.kept is None or steps is not self.kept.steps or prefix.bias is not None:
+            return self._integrate(prefix, x_t, rope, steps, dt)
+
+        def integrate(x: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor) -> Tensor:
+            half = len(cache) // 2
+            same = dataclasses.replace(prefix, keys=cache[:half], values=cache[half:])
+            return self._integrate(same, x, Rope(cos, sin), steps, dt)
+
+        inputs = (x_t, *rope, *prefix.keys, *prefix.values)
+        key = ("actions", id(steps), prefix.repeats)
+        actions: Tensor = self._repeated(key, integrate, *inputs)
+        return actions
+
+    def _integrate(
+        self, prefix: Prefix, x: Tensor, rope: Rope, steps: Sequence[StepConditioning], dt: float
+    ) -> Tensor:
+        fast = self.fast and x.is_cpu
+        share = torch.full((1, 1, x.shape[-1]), dt) if fast else None
+        for s, cond in enumerate(steps):
+            with denoising_step(s, len(steps)):
+                velocity = self.velocity(prefix, x, cond, rope)
+            done = None if share is None else rows.residual(x, velocity, share)
+            x = x + dt * velocity if done is None else done
+        return x
 
     def _check_prefix(
         self,
