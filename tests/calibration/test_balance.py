@@ -87,11 +87,11 @@ def test_logits_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> N
     running: list[bool] = []
     original = blocks.attend_heads
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, fast: bool) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **how: bool) -> Tensor:
         if running:
             running.clear()
             seen.append((q @ k.mT * q.shape[-1] ** -0.5).flatten(2).std(2, correction=0)[0])
-        return original(q, k, v, *rest, fast=fast)
+        return original(q, k, v, *rest, **how)
 
     monkeypatch.setattr(blocks, "attend_heads", attend)
     attention.to_q.register_forward_hook(lambda *_: running.append(True))

@@ -121,10 +121,17 @@ def test_a_causal_block_with_normalized_heads() -> None:
     gate, value = c(rms(middle, after)).chunk(2, -1)
     expected = middle + d(silu(gate) * value)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    # It takes nothing else: no cache, no rows left out, no heads without their angles.
-    keys = (random(2, KV_HEADS, 3, DIM), random(2, KV_HEADS, 3, DIM))
+    # The last tokens behind keys and values of the first.
     plain = ((before, None, None), (after, None, None))
-    assert block(x, *plain, rope=rope, cache=keys) is None
+    first = x[:, :4].contiguous()
+    _, k, v = a(rms(first, before)).split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
+    turned_k = turned(k, gains[1], *(part[:4] for part in rope))
+    cache = tuple(t.view(2, 4, KV_HEADS, DIM).transpose(1, 2) for t in (turned_k, v))
+    rest = block(x[:, 4:].contiguous(), *plain, cache, tuple(part[4:] for part in rope))
+    torch.testing.assert_close(
+        rest, found[:, 4:], rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+    # It takes nothing else: no rows left out, no heads without their angles.
     assert block(x, *plain, rope=rope, keep=3) is None
     assert block(x, *plain) is None
 
