@@ -40,7 +40,6 @@ inline void store_shorts(int16_t* to, Floats v) {
 // `total` is what keys are called by in Packed.
 inline float sum_of(Floats v) { return total(v); }
 inline Floats magnitude(Floats v) { return Floats(Ints(v) & 0x7fffffff); }
-inline Floats larger_of(Floats a, Floats b) { return a > b ? a : b; }
 // In every lane.
 inline Floats largest(Floats v) {
     v = larger_of(swap_lanes<1>(v), v);

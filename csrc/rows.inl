@@ -14,11 +14,30 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// a > b ? a : b and a < b ? a : b, NaN where b is none.
+inline Floats larger_of(Floats a, Floats b) {
+#if LANES == 16
+    return Floats(_mm512_max_ps(__m512(a), __m512(b)));
+#elif LANES == 8
+    return Floats(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+inline Floats smaller_of(Floats a, Floats b) {
+#if LANES == 16
+    return Floats(_mm512_min_ps(__m512(a), __m512(b)));
+#elif LANES == 8
+    return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // e^x to about two units of the last place; x is cut to where the result is a normal number.
 inline Floats exponential(Floats x) {
     const Floats low = splat(-87.3f), high = splat(88.3f), magic = splat(12582912.0f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
+    x = smaller_of(high, larger_of(low, x));
     const Floats shifted = fused(x, splat(1.44269504f), magic);
     const Floats n = shifted - magic;
     Floats r = fused(n, splat(-0.693359375f), x);
@@ -293,7 +312,7 @@ float softmax_row(float* s, int seen, int padded) {
     for (int i = seen; i < padded; ++i) s[i] = -3.0e38f;
     for (int i = 0; i < padded; i += LANES) {
         const Floats v = load(s + i);
-        most = v > most ? v : most;
+        most = larger_of(v, most);
     }
     float peak = most[0];
     for (int l = 1; l < LANES; ++l) peak = most[l] > peak ? most[l] : peak;

@@ -238,9 +238,12 @@ class GrootProcessor:
             raise ObservationError("no observations: give at least one")
         states = image_ops.stack_states(observations, self.state_dim)
         images = [self.camera_images(observations, camera) for camera in self.cameras]
+        # One observation's images lie as they are read: no value changes its place.
+        one = len(observations) == 1
+        pixels = torch.cat(images) if one else torch.stack(images, dim=1).flatten(0, 1)
         tokens, mask = self._tokens(tuple(o.prompt for o in observations))
         return GrootInputs(
-            pixel_values=torch.stack(images, dim=1).flatten(0, 1),
+            pixel_values=pixels,
             input_ids=tokens,
             attention_mask=mask,
             state=torch.from_numpy(self.normalize_state(states)),
