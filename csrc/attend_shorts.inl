@@ -327,14 +327,16 @@ void attend_short_rows(const AttendArgs& a, const ShortPacked& p, int first, int
         });
         to[i] = a.out + ((size_t(p.batch) * a.rows + row) * a.heads + head) * a.dim;
     }
-    const auto tiles = [&](auto tall, auto single) {
+    const auto tiles = [&](auto tall, auto four, auto single) {
         int i = 0;
         for (; i + kShortTall <= count; i += kShortTall) tall(i);
+        for (; i + 4 <= count; i += 4) four(i);
         for (; i < count; ++i) single(i);
     };
     for (int panel = 0; panel < p.width / kPanelWidth; ++panel) {
         float* scores = s.scores.data();
         tiles([&](int i) { short_scores<kShortTall>(s, p, i, panel, scores); },
+              [&](int i) { short_scores<4>(s, p, i, panel, scores); },
               [&](int i) { short_scores<1>(s, p, i, panel, scores); });
     }
     for (int i = 0; i < count; ++i) {
@@ -344,6 +346,7 @@ void attend_short_rows(const AttendArgs& a, const ShortPacked& p, int first, int
     }
     for (int panel = 0; panel < p.value_panels; ++panel) {
         tiles([&](int i) { short_mix<kShortTall>(s, p, i, panel, to); },
+              [&](int i) { short_mix<4>(s, p, i, panel, to); },
               [&](int i) { short_mix<1>(s, p, i, panel, to); });
     }
 }

@@ -102,11 +102,11 @@ def copied(source: Tensor, into: Tensor | None = None) -> Tensor:
 def joined(*parts: Tensor) -> Tensor | None:
     """Parts [B, T_i, width] behind each other, [B, sum of T_i, width]; one of them: a contiguous
     copy. Rows may be further apart than they are wide."""
-    module, first = compiled(), parts[0]
-    width = first.shape[-1]
-    if module is None or not fits(*parts) or any(t.dim() != 3 for t in parts):
+    first = parts[0]
+    if not fits(*parts) or any(t.dim() != 3 or t.shape[::2] != first.shape[::2] for t in parts):
         return None
-    if any(t.shape[::2] != first.shape[::2] for t in parts):
+    module, width = compiled(), first.shape[-1]
+    if module is None:
         return None
     made = torch.empty(len(first), sum(t.shape[1] for t in parts), width)
     batch_bytes, at = 4 * made.stride(0), made.data_ptr()

@@ -18,7 +18,6 @@ from omega_qvla.policies.groot_n15.dit import DiT, StepConditioning
 from omega_qvla.policies.groot_n15.embodiment import ActionEncoder, CategoryMLP, CategoryWeights
 from omega_qvla.policies.groot_n15.vl_self_attention import VLSelfAttention
 
-
 # Of the action encoder and of the decoder.
 Selected = tuple[tuple[CategoryWeights, ...], tuple[CategoryWeights, CategoryWeights]]
 
