@@ -197,23 +197,33 @@ inline __attribute__((always_inline)) void small_product(const float* a, size_t 
     }
 }
 
+// Calls visit(row, height) for tiles of about equal height, which is a constant: a last one of one
+// or two rows would wait for its own sums.
+template <int R, class Visit>
+inline void of_height(int rows, Visit visit) {
+    if constexpr (R > 1) {
+        if (rows < R) return of_height<R - 1>(rows, visit);
+    }
+    visit(std::integral_constant<int, R>{});
+}
+template <class Visit>
+inline void for_tiles(size_t row, size_t end, Visit visit) {
+    const size_t count = end - row, tiles = (count + kTall - 1) / kTall;
+    for (size_t i = 0, at = row; i < tiles; ++i) {
+        const size_t next = row + count * (i + 1) / tiles;
+        of_height<kTall>(int(next - at), [&](auto height) { visit(at, height); });
+        at = next;
+    }
+}
+
 // The same for any number of rows.
 template <int N>
 void tall_product(const float* a, size_t a_stride, int rows, int depth, const float* b,
                   size_t b_stride, float* c, size_t c_stride) {
-    int r = 0;
-    for (; r + kTall <= rows; r += kTall) {
-        small_product<kTall, N>(a + r * a_stride, a_stride, depth, b, b_stride, c + r * c_stride,
-                                c_stride);
-    }
-    for (; r + 2 <= rows; r += 2) {
-        small_product<2, N>(a + r * a_stride, a_stride, depth, b, b_stride, c + r * c_stride,
-                            c_stride);
-    }
-    if (r < rows) {
-        small_product<1, N>(a + r * a_stride, a_stride, depth, b, b_stride, c + r * c_stride,
-                            c_stride);
-    }
+    for_tiles(0, size_t(rows), [&](size_t r, auto height) {
+        small_product<decltype(height)::value, N>(a + r * a_stride, a_stride, depth, b, b_stride,
+                                                  c + r * c_stride, c_stride);
+    });
 }
 
 // Scratch of one thread.
@@ -434,13 +444,9 @@ void dense_panel(const DenseArgs& a, size_t row, size_t end, int first, const fl
         if (more-- > 0) ahead += step;
         return now;
     };
-    for (; row + kTall <= end; row += kTall) dense_tile<kTall, N>(a, row, first, w, next());
-    if (kTall > 4 && row + 4 <= end) {
-        dense_tile<4, N>(a, row, first, w, next());
-        row += 4;
-    }
-    for (; row + 2 <= end; row += 2) dense_tile<2, N>(a, row, first, w, next());
-    if (row < end) dense_tile<1, N>(a, row, first, w, next());
+    for_tiles(row, end, [&](size_t at, auto height) {
+        dense_tile<decltype(height)::value, N>(a, at, first, w, next());
+    });
 }
 
 void dense_range(const DenseArgs& a, size_t begin, size_t end) {
