@@ -121,6 +121,12 @@ def joined(*parts: Tensor) -> Tensor | None:
     return made
 
 
+def concatenated(*parts: Tensor) -> Tensor:
+    """`joined`, by torch where the kernel does not take them."""
+    done = joined(*parts)
+    return torch.cat(parts, dim=1) if done is None else done
+
+
 def rms_norm(
     x: Tensor, eps: float, gain: Tensor, shift: Tensor | None = None, plus: float = 0.0
 ) -> Tensor | None:

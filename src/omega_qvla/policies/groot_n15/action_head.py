@@ -224,9 +224,7 @@ class ActionHead(nn.Module):
                 placed = rows.residual(actions, positions.expand(actions.shape).contiguous())
             actions = actions + positions if placed is None else placed
         future = self.future_tokens.weight.expand(prefix.batch, -1, -1)
-        parts = (prefix.state_features, future, actions)
-        joined = rows.joined(*parts) if self.fast else None
-        return torch.cat(parts, dim=1) if joined is None else joined
+        return rows.concatenated(prefix.state_features, future, actions)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, conditioning: StepConditioning) -> Tensor:
         """The flow's velocity [N, H, A] (towards the data) at x_t [N, H, A].

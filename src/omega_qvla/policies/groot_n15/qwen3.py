@@ -258,9 +258,7 @@ class Qwen3Model(nn.Module):
             if done is None:
                 return None
             hidden = done
-        parts = (lead.features, self.norm(hidden))
-        joined = rows.joined(*parts)
-        return torch.cat(parts, dim=1) if joined is None else joined
+        return rows.concatenated(lead.features, self.norm(hidden))
 
     def _rotary(self, length: int, device: torch.device) -> Rotary:
         """The angles of this length; in a fast model those of the last call are kept."""
